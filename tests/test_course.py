@@ -1,0 +1,93 @@
+"""The course from one command: files left behind, resuming, failing, chatting."""
+import json
+import re
+import shutil
+import time
+
+from conftest import ROOT, cli
+
+
+def test_run_leaves_the_contract(tiny_run):
+    folder, done = tiny_run
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for name in ("recipe.json", "data/train.jsonl", "data/val.jsonl", "data/test.jsonl", "data/statistics.json", "adapter/adapter_model.safetensors", "adapter/README.md", "training_history.json",
+                 "figures/training_curves.png", "figures/training_curves.svg", "answers/alpaca_eval/base/model_outputs.json", "answers/mt_bench/model_answer/tiny-tuned.jsonl", "metrics.json",
+                 "report/report.html", "report/results.json", "report/figures/training_curves.svg", *(f"notebooks/{s}.ipynb" for s in ("01_data", "02_train", "03_eval", "04_chat", "05_report"))):
+        assert (folder / name).is_file(), name
+    assert "step     6/6" in done.stdout and "it/s" not in done.stdout
+
+
+def test_report_is_self_contained_and_agrees_with_results(tiny_run):
+    page = (tiny_run[0] / "report/report.html").read_text()
+    results = json.loads((tiny_run[0] / "report/results.json").read_text())
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "<script" not in page and page.count("<img alt=") == 5
+    assert f"{results['evaluation']['test']['tuned']['loss']:.3f}" in page and f"{results['training']['summary']['best_validation_loss']:.4f}" in page
+    assert str(tiny_run[0]) not in page and str(ROOT) not in page
+
+
+def test_official_formats(tiny_run):
+    outputs = json.loads((tiny_run[0] / "answers/alpaca_eval/tuned/model_outputs.json").read_text())
+    assert all(set(o) == {"dataset", "instruction", "output", "generator"} for o in outputs)
+    rows = [json.loads(line) for line in (tiny_run[0] / "answers/mt_bench/model_answer/tiny-tuned.jsonl").read_text().splitlines()]
+    assert all(set(r) == {"question_id", "answer_id", "model_id", "choices", "tstamp"} and len(r["choices"][0]["turns"]) == 2 for r in rows)
+    assert len({r["answer_id"] for r in rows}) == len(rows) == 16
+
+
+def test_running_again_resumes_and_changes_nothing(tiny_run, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(tiny_run[0], folder)
+    before = {p: (folder / p).read_bytes() for p in ("training_history.json", "answers/test/tuned.json", "answers/mt_bench/tuned.json")}
+    (folder / "metrics.json").unlink()
+    done = cli("run", "tiny", "--run-dir", folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert before == {p: (folder / p).read_bytes() for p in before}
+    assert "step " not in done.stdout and "answers," not in done.stdout          # nothing was trained or generated twice
+    assert json.loads((folder / "metrics.json").read_text()) == json.loads((tiny_run[0] / "metrics.json").read_text())
+
+
+def test_same_recipe_same_history(tiny_run, tmp_path):
+    from dolly_lora.config import PRESETS
+    from dolly_lora.train import train
+    curve = lambda h: [(r["step"], r["loss"]) for r in h["log"]] + [(r["step"], r["eval_loss"]) for r in h["validation"]]
+    assert curve(train(PRESETS["tiny"], tmp_path, log=lambda line: None)) == curve(json.loads((tiny_run[0] / "training_history.json").read_text()))
+
+
+def test_mistakes_are_one_line_and_exit_2(tmp_path, tiny_run):
+    calls = [("run", "smolm2"), ("run", "tiny", "--set", "epoch=1"), ("run", "tiny", "--set", "epochs=many"), ("run", "tiny", "--set", "batch_size=5"), ("run", "tiny", "--dataset", "no/such.jsonl"),
+             ("run", "tiny", "--set", "alpaca=nowhere.json"), ("run", "tiny", "--set", "base=./nowhere"), ("run", "tiny", "--run-dir", tiny_run[0], "--set", "seed=7"), ("chat", "--run-dir", tmp_path), ("report", "--run-dir", tmp_path)]
+    for call in calls:
+        start, done = time.time(), cli(*call)
+        assert done.returncode == 2 and done.stderr.startswith("dolly-lora: ") and done.stderr.count("\n") == 1 and "==" not in done.stdout, (call, done.stdout, done.stderr)
+        assert time.time() - start < 60
+    assert cli("walk").returncode == 2
+
+
+def test_failing_cell_names_cell_error_and_notebook(tiny_run, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_run[0], folder, ignore=shutil.ignore_patterns("metrics.json", "answers", "notebooks"))
+    (folder / "data/test.jsonl").write_text('{"instruction": "cut')
+    done = cli("run", "tiny", "--run-dir", folder)
+    assert done.returncode == 1
+    assert "01_data failed in cell" in done.stderr and "test.jsonl line 1: not JSON" in done.stderr and "notebooks/01_data.ipynb" in done.stderr and "Traceback" not in done.stderr
+    assert (folder / "notebooks/01_data.ipynb").exists() and not (folder / "metrics.json").exists()
+
+
+def test_chat_batch(tiny_run, tmp_path):
+    (tmp_path / "q.txt").write_text("Name a prime.\nSay <b>hi</b>\n")
+    answers = {}
+    for flags in ((), ("--no-lora",), ("--base", "tiny")):
+        done = cli("chat", "--run-dir", tiny_run[0], "--batch", tmp_path / "q.txt", *flags)
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        assert done.returncode == 0 and [r["instruction"] for r in rows] == ["Name a prime.", "Say <b>hi</b>"], done.stderr
+        answers[flags] = [r["output"][:20] for r in rows]
+    assert answers[("--no-lora",)] == answers[("--base", "tiny")] != answers[()]
+
+
+def test_chat_in_the_terminal(tiny_run):
+    done = cli("chat", "--run-dir", tiny_run[0], input="Name a prime.\n/clear\n/quit\n")
+    assert done.returncode == 0 and "/quit leaves" in done.stdout and len(done.stdout) > 60
+
+
+def test_doctor():
+    done = cli("doctor")
+    assert done.returncode == 0 and "this machine can run tiny" in done.stdout and "torch" in done.stdout
