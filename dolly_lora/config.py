@@ -72,7 +72,7 @@ _small = dict(dataset="sample", load_in_4bit=False, micro_batch_size=1, epochs=1
 PRESETS = {r.preset: r for r in (  # name -> Recipe
     Recipe(**_small | dict(preset="tiny", base="tiny", revision="", gradient_checkpointing=False, max_length=256, micro_batch_size=8, max_steps=6, eval_steps=3,
                            test_answers=4, max_new_tokens=8)),
-    Recipe(**_small | _smollm2 | dict(preset="demo", max_length=512, eval_steps=4, max_new_tokens=80)),
+    Recipe(**_small | _smollm2 | dict(preset="demo", max_length=512, max_steps=8, eval_steps=4, max_new_tokens=64)),
     Recipe(**_smollm2 | dict(preset="smollm2", micro_batch_size=16, max_new_tokens=256, generation_batch_size=512)),
     Recipe(preset="llama2"),
     Recipe(preset="llama2-t4", micro_batch_size=1, max_length=512, generation_batch_size=4))}

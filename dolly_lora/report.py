@@ -10,9 +10,8 @@ from pathlib import Path
 from .config import read_json, write_json, write_text
 
 # %% auto #0
-__all__ = ['MODELS', 'REFERENCES', 'STYLE', 'collect', 'section_summary', 'section_dataset', 'section_implementation',
-           'section_training', 'section_evaluation', 'section_hardware', 'section_discussion', 'report_markdown',
-           'write_report']
+__all__ = ['MODELS', 'REFERENCES', 'STYLE', 'collect', 'section_dataset', 'section_implementation', 'section_training',
+           'section_evaluation', 'section_hardware', 'section_discussion', 'report_markdown', 'write_report']
 
 # %% ../nbs/05_report.ipynb #67db016e
 def collect(
@@ -46,7 +45,7 @@ def section_summary(r: dict) -> str: # `r` from `collect`; Markdown
         f"\n\n> **The base model of this run is {_model(r)}, not LLaMA-2-7B.** LLaMA-2's weights are gated and could not be had on the machine that made this report; this is a small model of the same "
         "architecture, run through the same code. Its quality is that of a small model. The `llama2` preset is the assignment.")
     return (f"{_model(r)} was tuned with QLoRA (rank {r['recipe']['lora_r']}, {s['trainable_parameters']:,} trainable parameters) on {r['data']['splits']['train']:,} records of "
-            f"{r['data']['source']} for {s['epochs']:.3g} epochs, {s['steps']:,} steps of {r['recipe']['batch_size']} examples. On {r['data']['splits']['test']:,} held-out records the loss of the reference answers went from "
+            f"{r['data']['source']} for {s['epochs']:.3g} epoch{"" if s["epochs"] == 1 else "s"}, {s['steps']:,} steps of {r['recipe']['batch_size']} examples. On {r['data']['splits']['test']:,} held-out records the loss of the reference answers went from "
             f"{e['test']['base']['loss']:.3f} to {e['test']['tuned']['loss']:.3f} nats a token ({d['difference']:+.3f}, 95 % interval {d['low']:+.3f} to {d['high']:+.3f}): the tuned model is {verdict}. "
             f"Of its test answers {e['test']['tuned']['finished']:.0f} % end by themselves; of the base model's, {e['test']['base']['finished']:.0f} %.{stand_in}")
 
@@ -83,7 +82,7 @@ def section_training(r: dict) -> str: # `r` from `collect`; Markdown
     resumed = f" The run was interrupted and resumed from step {s['resumed_from']}." if s["resumed_from"] else ""
     return (f"Validation loss fell from {s['first_validation_loss']:.4f} before training to {s['best_validation_loss']:.4f} at step {s['best_step']:,} of {s['steps']:,}; those weights were kept.{resumed}\n"
             + _figure("training_curves", "Training and validation loss on the response tokens, and the learning rate.")
-            + "\n" + _table(["step", "epoch", "validation loss"], [[v["step"], round(v["epoch"], 2), round(v["eval_loss"], 4)] for v in r["training"]["validation"]]))
+            + "\n" + _table(["step", "epoch", "validation loss"], [[v["step"], f"{v['epoch']:.2f}", f"{v['eval_loss']:.4f}"] for v in r["training"]["validation"]]))
 
 # %% ../nbs/05_report.ipynb #3a802835
 def section_evaluation(r: dict) -> str: # `r` from `collect`; Markdown
@@ -142,7 +141,7 @@ REFERENCES = """- T. Dettmers, A. Pagnoni, A. Holtzman, L. Zettlemoyer: QLoRA: E
 
 # %% ../nbs/05_report.ipynb #b545ea43
 STYLE = """body{font:16px/1.55 Georgia,serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222}h1,h2,h3{font-family:Helvetica,Arial,sans-serif;line-height:1.2}h2{margin-top:2.2rem;border-bottom:1px solid #ccc}
-table{border-collapse:collapse;font:13.5px/1.4 Helvetica,Arial,sans-serif;margin:1rem 0;width:100%}td,th{border-bottom:1px solid #ddd;padding:.35rem .6rem .35rem 0;text-align:left;vertical-align:top;overflow-wrap:anywhere}
+table{border-collapse:collapse;font:13.5px/1.4 Helvetica,Arial,sans-serif;margin:1rem 0;width:100%}td,th{border-bottom:1px solid #ddd;padding:.35rem .6rem .35rem 0;text-align:left;vertical-align:top;overflow-wrap:break-word}th{white-space:nowrap}
 td:not(:first-child){font-variant-numeric:tabular-nums}img{max-width:100%}blockquote{margin:1rem 0;padding:.2rem 1rem;background:#fff6e0;border-left:4px solid #e0a800}nav a{margin-right:1rem}
 @media print{body{font-size:11pt;margin:0}nav{display:none}h2{break-after:avoid}tr,img{break-inside:avoid}}"""
 

@@ -30,7 +30,7 @@ def test_official_formats(tiny_run):
     assert all(set(o) == {"dataset", "instruction", "output", "generator"} for o in outputs)
     rows = [json.loads(line) for line in (tiny_run[0] / "answers/mt_bench/model_answer/tiny-tuned.jsonl").read_text().splitlines()]
     assert all(set(r) == {"question_id", "answer_id", "model_id", "choices", "tstamp"} and len(r["choices"][0]["turns"]) == 2 for r in rows)
-    assert len({r["answer_id"] for r in rows}) == len(rows) == 16
+    assert len({r["answer_id"] for r in rows}) == len(rows) == 8
 
 
 def test_running_again_resumes_and_changes_nothing(tiny_run, tmp_path):
