@@ -10,8 +10,9 @@ from pathlib import Path
 from .config import read_json, write_json, write_text
 
 # %% auto #0
-__all__ = ['MODELS', 'REFERENCES', 'STYLE', 'collect', 'section_dataset', 'section_implementation', 'section_training',
-           'section_evaluation', 'section_hardware', 'section_discussion', 'report_markdown', 'write_report']
+__all__ = ['MODELS', 'REFERENCES', 'STYLE', 'collect', 'section_summary', 'section_dataset', 'section_implementation',
+           'section_training', 'section_evaluation', 'section_hardware', 'section_discussion', 'report_markdown',
+           'write_report']
 
 # %% ../nbs/05_report.ipynb #67db016e
 def collect(
@@ -45,7 +46,7 @@ def section_summary(r: dict) -> str: # `r` from `collect`; Markdown
         f"\n\n> **The base model of this run is {_model(r)}, not LLaMA-2-7B.** LLaMA-2's weights are gated and could not be had on the machine that made this report; this is a small model of the same "
         "architecture, run through the same code. Its quality is that of a small model. The `llama2` preset is the assignment.")
     return (f"{_model(r)} was tuned with QLoRA (rank {r['recipe']['lora_r']}, {s['trainable_parameters']:,} trainable parameters) on {r['data']['splits']['train']:,} records of "
-            f"{r['data']['source']} for {s['epochs']:.3g} epoch{"" if s["epochs"] == 1 else "s"}, {s['steps']:,} steps of {r['recipe']['batch_size']} examples. On {r['data']['splits']['test']:,} held-out records the loss of the reference answers went from "
+            f"{r['data']['source']} for {s['epochs']:.3g} epoch{'' if s['epochs'] == 1 else 's'}, {s['steps']:,} steps of {r['recipe']['batch_size']} examples. On {r['data']['splits']['test']:,} held-out records the loss of the reference answers went from "
             f"{e['test']['base']['loss']:.3f} to {e['test']['tuned']['loss']:.3f} nats a token ({d['difference']:+.3f}, 95 % interval {d['low']:+.3f} to {d['high']:+.3f}): the tuned model is {verdict}. "
             f"Of its test answers {e['test']['tuned']['finished']:.0f} % end by themselves; of the base model's, {e['test']['base']['finished']:.0f} %.{stand_in}")
 
