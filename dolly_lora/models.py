@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util, os, tempfile
 from pathlib import Path
 import torch, transformers
+from .kernels import fuse_lora
 from .config import DollyError, Recipe, project_root, sample_path, short_path
 
 # %% auto #0
@@ -152,4 +153,4 @@ def load_tuned(
     folder = Path(run_dir) / "adapter"
     if not (folder / "adapter_config.json").exists():
         raise ModelError(f"no adapter in {short_path(folder)}: train one first with 02_train or `dolly-lora run {recipe.preset}`")
-    return PeftModel.from_pretrained(load_base(recipe), folder).eval()
+    return fuse_lora(PeftModel.from_pretrained(load_base(recipe), folder).eval())

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from .config import DollyError, Recipe, environment, read_json, save_fig, start_run, write_json, write_text
 from .data import encode_split, prepare_data
+from .kernels import StepGraphs, fuse_lora
 from .models import add_lora, compute_dtype, load_base, load_tokenizer, load_tuned, lora_parameter_count
 
 # %% auto #0
@@ -22,7 +23,15 @@ __all__ = ['DollyTrainer', 'Progress', 'training_arguments', 'last_checkpoint', 
 
 # %% ../nbs/02_train.ipynb #37b026c2
 class DollyTrainer(SFTTrainer):
-    "SFTTrainer with a token-weighted validation loss and no model card at each checkpoint."
+    "SFTTrainer with a token-weighted validation loss, steps replayed as CUDA graphs where that is possible, and no model card at each checkpoint."
+    graphs = None  # a `StepGraphs`
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.graphs is None: return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        return self.graphs(inputs["input_ids"], inputs["labels"], num_items_in_batch)
+
     def create_model_card(self, *args, **kwargs): pass
 
     def evaluation_loop(self, *args, **kwargs):
@@ -74,7 +83,7 @@ def training_arguments(
         output_dir=str(Path(run_dir) / "checkpoints"), per_device_train_batch_size=recipe.micro_batch_size, per_device_eval_batch_size=recipe.micro_batch_size,
         gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size, num_train_epochs=recipe.epochs, max_steps=recipe.max_steps or -1,
         learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", warmup_steps=recipe.warmup_ratio, weight_decay=recipe.weight_decay, max_grad_norm=recipe.max_grad_norm,
-        optim=recipe.optimizer if cuda else "adamw_torch", bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
+        optim=recipe.optimizer if cuda else "adamw_torch", bf16=False, fp16=dtype == torch.float16,  # a bf16 model needs no autocast
         gradient_checkpointing=recipe.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps", eval_steps=recipe.eval_steps, eval_on_start=not resuming, save_strategy="steps", save_steps=recipe.eval_steps, save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, logging_steps=recipe.logging_steps, logging_nan_inf_filter=False,
@@ -127,7 +136,7 @@ def _fit(recipe, run_dir, tokenizer, data, log):
     "One attempt: build model and trainer, resume or start, train to the end."
     resume = last_checkpoint(run_dir)
     _check_disk(run_dir)
-    model = add_lora(load_base(recipe), recipe)
+    model = fuse_lora(add_lora(load_base(recipe), recipe))
     model.config.use_cache = False
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     trainer = DollyTrainer(model=model, args=training_arguments(recipe, run_dir, resume is not None), processing_class=tokenizer,
@@ -135,6 +144,8 @@ def _fit(recipe, run_dir, tokenizer, data, log):
     trainer.remove_callback(transformers.PrinterCallback)
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
+    if compute_dtype() == torch.bfloat16 and not recipe.gradient_checkpointing and trainer.args.world_size == 1:
+        trainer.graphs = StepGraphs(model, recipe.micro_batch_size)
     if resume: log(f"resuming from {resume.name}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
