@@ -73,7 +73,7 @@ PRESETS = {r.preset: r for r in (  # name -> Recipe
     Recipe(**_small | dict(preset="tiny", base="tiny", revision="", gradient_checkpointing=False, max_length=256, micro_batch_size=8, max_steps=6, eval_steps=3,
                            test_answers=4, max_new_tokens=8)),
     Recipe(**_small | _smollm2 | dict(preset="demo", max_length=512, max_steps=8, eval_steps=4, max_new_tokens=64)),
-    Recipe(**_smollm2 | dict(preset="smollm2", micro_batch_size=16, max_new_tokens=256, generation_batch_size=512)),
+    Recipe(**_smollm2 | dict(preset="smollm2", micro_batch_size=16, max_new_tokens=256, generation_batch_size=768)),
     Recipe(preset="llama2"),
     Recipe(preset="llama2-t4", micro_batch_size=1, max_length=512, generation_batch_size=4))}
 
@@ -163,9 +163,10 @@ def environment() -> dict: # python, packages, gpu (name and memory in GiB, or N
     import torch
     names = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets")
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project_root(), capture_output=True, text=True)
+    try: commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project_root(), capture_output=True, text=True).stdout.strip()
+    except OSError: commit = ""  # no git on this machine
     return dict(python=platform.python_version(), packages={n: importlib.metadata.version(n) for n in names}, cpu_cores=os.cpu_count(),
-                gpu=gpu and dict(name=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1)), commit=git.stdout.strip() or os.environ.get("DOLLY_LORA_COMMIT"))
+                gpu=gpu and dict(name=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1)), commit=commit or os.environ.get("DOLLY_LORA_COMMIT"))
 
 # %% ../nbs/00_config.ipynb #c29f97df
 def start_run(

@@ -10,7 +10,7 @@ from .config import DollyError, Recipe, project_root, sample_path, write_json, w
 
 # %% auto #0
 __all__ = ['FIELDS', 'DOLLY', 'DataError', 'load_dolly', 'strip_citations', 'normalise', 'clean', 'split', 'build_prompt',
-           'build_conversation', 'encode', 'encode_split', 'prepare_data']
+           'build_conversation', 'encode', 'encode_all', 'encode_split', 'prepare_data']
 
 # %% ../nbs/01_data.ipynb #29b209f7
 FIELDS = ["instruction", "context", "response", "category"]
@@ -125,14 +125,14 @@ def clean(
 
 # %% ../nbs/01_data.ipynb #4283fe3a
 def _place(row, seed):
-    "A number that depends on the seed and the prompt's text alone: where a record comes in its category's line."
-    return hashlib.sha256("\0".join([str(seed), normalise(row["instruction"]), normalise(row["context"])]).encode()).hexdigest()
+    "A number that depends on the seed and the passage (or the instruction without one) alone: where a record comes in its category's line."
+    return hashlib.sha256(f"{seed}\0{normalise(row['context'] or row['instruction'])}".encode()).hexdigest()
 
 def split(
     records: list[dict],  # cleaned
     recipe: Recipe,       # `seed`, `val_fraction`, `test_fraction`
 ) -> dict[str, list[dict]]: # train, val and test
-    "Stratify by category, keep equal prompts together, and depend on nothing but text and seed."
+    "Stratify by category, keep records of one passage together, and depend on nothing but text and seed."
     home, lines = {}, collections.defaultdict(dict)
     for row in sorted(records, key=lambda r: [r[f] for f in FIELDS]):
         place = _place(row, recipe.seed)
@@ -143,7 +143,7 @@ def split(
         for _, rows in sorted(line.items()):
             name = "test" if seen < round(total * recipe.test_fraction) else "val" if seen < round(total * (recipe.test_fraction + recipe.val_fraction)) else "train"
             out[name] += rows; seen += len(rows)
-    return {name: sorted(rows, key=lambda r: (_place(r, recipe.seed), r["response"])) for name, rows in out.items()}
+    return {name: sorted(rows, key=lambda r: (_place(r, recipe.seed), r["instruction"], r["response"])) for name, rows in out.items()}
 
 # %% ../nbs/01_data.ipynb #2d4eb689
 def build_prompt(
@@ -171,12 +171,24 @@ def encode(
     train_on: str = "response", # or `all`: then no label is masked
 ) -> dict: # input_ids and labels, two lists of equal length, and `cut`, how many tokens were lost
     "Token ids and labels of one example; −100 marks what is not learnt."
-    prompt = tokenizer(build_prompt(row["instruction"], row["context"])).input_ids
-    ids = tokenizer(build_prompt(row["instruction"], row["context"]) + row["response"]).input_ids + [tokenizer.eos_token_id]
-    if ids[:len(prompt)] != prompt: prompt = prompt[:next(i for i, (a, b) in enumerate(zip(prompt, ids)) if a != b)]
-    start = len(prompt) if train_on == "response" else 0
-    labels = [-100] * start + ids[start:]
-    return dict(input_ids=ids[:max_length], labels=labels[:max_length], cut=max(0, len(ids) - max_length))
+    return encode_all([row], tokenizer, max_length, train_on)[0]
+
+def encode_all(
+    rows: list[dict],   # records
+    tokenizer,          # of the base model
+    max_length: int,    # tokens kept
+    train_on: str = "response", # or `all`
+) -> list[dict]: # one for each row, as `encode` gives
+    "`encode` for many records, tokenised together."
+    prompts = [build_prompt(r["instruction"], r["context"]) for r in rows]
+    whole = [p + r["response"] for p, r in zip(prompts, rows)]
+    out = []
+    for prompt, ids in zip(tokenizer(prompts).input_ids, tokenizer(whole).input_ids):
+        assert ids[:len(prompt)] == prompt, "the prompt must stay a prefix when the response follows"
+        ids, start = ids + [tokenizer.eos_token_id], len(prompt) if train_on == "response" else 0
+        labels = [-100] * start + ids[start:]
+        out.append(dict(input_ids=ids[:max_length], labels=labels[:max_length], cut=max(0, len(ids) - max_length)))
+    return out
 
 # %% ../nbs/01_data.ipynb #c1637fdd
 def encode_split(
@@ -186,7 +198,7 @@ def encode_split(
 ): # (`datasets.Dataset` of input_ids and labels, counts: examples, cut, tokens_cut, dropped, tokens, response_tokens)
     "Encode a split and count what was cut or dropped."
     from datasets import Dataset
-    every = [encode(r, tokenizer, recipe.max_length, recipe.train_on) for r in rows]
+    every = encode_all(rows, tokenizer, recipe.max_length, recipe.train_on)
     kept = [e for e in every if any(l != -100 for l in e["labels"][1:])]
     for e in kept: assert e["cut"] or e["labels"][-1] == tokenizer.eos_token_id
     counts = dict(examples=len(kept), cut=sum(e["cut"] > 0 for e in kept), tokens_cut=sum(e["cut"] for e in kept), dropped=len(every) - len(kept),

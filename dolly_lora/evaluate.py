@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from .config import Recipe, project_root, read_json, sample_path, write_json, write_text
-from .data import DataError, build_conversation, build_prompt, encode, normalise
+from .data import DataError, build_conversation, build_prompt, encode_all, normalise
 from .generate import Answer, generate
 
 # %% auto #0
-__all__ = ['MTBENCH_TEMPERATURE', 'token_losses', 'mean_loss', 'loss_difference', 'stored', 'answer_test', 'rouge_l',
+__all__ = ['MTBENCH_TEMPERATURE', 'token_losses', 'mean_loss', 'loss_difference', 'stored', 'fitting', 'answer_test', 'rouge_l',
            'answer_metrics', 'load_alpaca', 'answer_alpaca', 'overlap', 'load_mtbench', 'answer_mtbench']
 
 # %% ../nbs/03_eval.ipynb #ad35a68f
@@ -23,11 +23,11 @@ def token_losses(
     tokenizer,          # for the pad token
     rows: list[dict],   # records
     recipe: Recipe,     # `max_length`
-    batch_size: int = 8, # examples a forward pass
+    batch_size: int = 8, # examples in one forward pass
 ) -> np.ndarray: # float64 [len(rows), 2]: sum of the response tokens' negative log-probabilities in nats, and their number
     "The loss of every record's response, summed."
     out = np.zeros((len(rows), 2))
-    encoded = [encode(r, tokenizer, recipe.max_length) for r in rows]
+    encoded = encode_all(rows, tokenizer, recipe.max_length)
     order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]["input_ids"]))
     for at in range(0, len(order), batch_size):
         chunk = order[at:at + batch_size]
@@ -69,6 +69,14 @@ def stored(
     "Read a result, or make it once and publish it atomically."
     if not Path(path).exists(): write_json(path, make())
     return read_json(path)
+
+def fitting(
+    rows: list[dict], # records
+    tokenizer,        # of the base model
+    recipe: Recipe,   # `max_length`
+) -> list[dict]: # the records whose prompt leaves room for at least one token of the response
+    "A model is asked what it could have been trained on: prompts within `max_length` tokens."
+    return [r for r, e in zip(rows, encode_all(rows, tokenizer, recipe.max_length)) if e["labels"][-1] != -100]
 
 def answer_test(
     model, tokenizer,   # base or tuned
@@ -155,10 +163,9 @@ def answer_mtbench(
     "Answer both turns of every question, the second on the model's own first."
     turns = {q["question_id"]: [] for q in questions}
     for turn in 0, 1:
-        for temperature in sorted({MTBENCH_TEMPERATURE.get(q["category"], 0.0) for q in questions}):
-            group = [q for q in questions if MTBENCH_TEMPERATURE.get(q["category"], 0.0) == temperature]
-            prompts = [build_conversation([(q["turns"][0], a.text) for a in turns[q["question_id"]]], q["turns"][turn], tokenizer.eos_token) for q in group]
-            for q, a in zip(group, generate(model, tokenizer, prompts, recipe.max_new_tokens, recipe.generation_batch_size, temperature, recipe.seed, log)): turns[q["question_id"]].append(a)
+        prompts = [build_conversation([(q["turns"][0], a.text) for a in turns[q["question_id"]]], q["turns"][turn], tokenizer.eos_token) for q in questions]
+        answers = generate(model, tokenizer, prompts, recipe.max_new_tokens, recipe.generation_batch_size, [MTBENCH_TEMPERATURE.get(q["category"], 0.0) for q in questions], recipe.seed, log)
+        for q, a in zip(questions, answers): turns[q["question_id"]].append(a)
     answer_id = lambda q: hashlib.sha256(f"{model_id} {q['question_id']}".encode()).hexdigest()[:22]
     rows = [dict(question_id=q["question_id"], answer_id=answer_id(q), model_id=model_id, choices=[dict(index=0, turns=[a.text for a in turns[q["question_id"]]])], tstamp=time.time()) for q in questions]
     return dict(rows=rows, finished=100 * float(np.mean([a.finished for t in turns.values() for a in t])))

@@ -7,9 +7,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+from .config import DollyError
 
 # %% auto #0
-__all__ = ['Answer', 'generate']
+__all__ = ['Answer', 'RowTemperature', 'generate']
 
 # %% ../nbs/03a_generate.ipynb #7da2d43a
 @dataclass
@@ -25,6 +27,18 @@ def _answer(ids, tokenizer):
     return Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), finished)
 
 # %% ../nbs/03a_generate.ipynb #555af48f
+class RowTemperature(LogitsProcessor):
+    "Divide each row's logits by its own temperature; 0 leaves only the largest."
+    def __init__(self, temperatures: torch.Tensor): self.t = temperatures[:, None] # float [rows]
+    def __call__(self, input_ids, scores):
+        greedy = torch.where(scores == scores.max(-1, keepdim=True).values, scores, -torch.inf)
+        return torch.where(self.t > 0, scores / self.t.clamp(min=1e-6), greedy)
+
+def _sampling(temperatures, device):
+    if max(temperatures) <= 0: return dict(do_sample=False)
+    return dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, logits_processor=LogitsProcessorList([RowTemperature(torch.tensor(temperatures, device=device))]))
+
+# %% ../nbs/03a_generate.ipynb #c411e1b1
 @torch.inference_mode()
 def generate(
     model,                     # a causal language model or PeftModel
@@ -32,20 +46,25 @@ def generate(
     prompts: list[str],        # from `build_prompt` or `build_conversation`
     max_new_tokens: int = 256, # longest answer
     batch_size: int = 16,      # prompts in one forward pass
-    temperature: float = 0.0,  # 0: greedy
+    temperature: float | list[float] = 0.0, # 0: greedy; a list has one for each prompt
     seed: int = 42,            # of the sampling, where there is any
     log=lambda line: None,     # gets one line a batch, for instance `print`
 ) -> list[Answer]: # in the order of `prompts`
     "Answer every prompt; greedy unless a temperature is given."
-    sampling = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0) if temperature > 0 else dict(do_sample=False)
+    heat = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers, start, training = [None] * len(prompts), time.time(), model.training
     model.eval(); torch.manual_seed(seed)
-    for at in range(0, len(order), batch_size):
-        chunk = order[at:at + batch_size]
+    while order:
+        chunk = order[:batch_size]
         inputs = tokenizer([prompts[i] for i in chunk], return_tensors="pt", padding=True).to(model.device)
-        rows = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=max_new_tokens, use_cache=True,
-                              eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling)
+        try: rows = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=max_new_tokens, use_cache=True,
+                                   eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **_sampling([heat[i] for i in chunk], model.device))
+        except torch.OutOfMemoryError:
+            if batch_size == 1: raise DollyError(f"out of GPU memory with one prompt of {inputs.input_ids.shape[1]} tokens: set a smaller max_new_tokens or a shorter prompt") from None
+            batch_size = max(1, min(batch_size, len(chunk)) // 2); log(f"out of memory: {batch_size} prompts at a time from here"); continue
+        finally: torch.cuda.empty_cache()
+        order = order[len(chunk):]
         for i, row in zip(chunk, rows[:, inputs.input_ids.shape[1]:].tolist()): answers[i] = _answer(row, tokenizer)
         done = [a for a in answers if a]
         log(f"{len(done)} of {len(prompts)} answers, {sum(a.n_tokens for a in done) / (time.time() - start):,.0f} tokens/s")

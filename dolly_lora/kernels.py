@@ -8,7 +8,7 @@ import types
 import torch
 
 # %% auto #0
-__all__ = ['LoRALinear', 'fuse_lora', 'StepGraphs']
+__all__ = ['LoRALinear', 'fuse_lora', 'FlatParameters', 'StepGraphs']
 
 # %% ../nbs/02b_kernels.ipynb #33b38218
 class LoRALinear(torch.autograd.Function):
@@ -49,30 +49,49 @@ def _forward(self, x, *args, **kwargs):
 
 def fuse_lora(
     model,                # PeftModel with one LoRA adapter on linears without bias
-    keep_gib: float = 1., # dequantised weights are kept if all of them fit in this
+    large: bool = True,   # also fuse a model whose weights are too large to keep; for generation, bitsandbytes' own 4-bit kernels are faster then
 ): # the same model
     "Make every LoRA linear one autograd node; parameters and saved files stay PEFT's."
     from peft.tuners.lora import LoraLayer
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    small = sum(m.in_features * m.out_features * 2 for m in layers) <= keep_gib * 2**30
-    for layer in layers:
+    small = sum(m.in_features * m.out_features * 2 for m in layers) <= 2**30
+    for layer in layers if small or large else []:
         weight = _base_weight(layer)
         kept = weight().detach() if small else None
         layer.frozen = (lambda kept=kept: kept) if small else weight
         layer.forward = types.MethodType(_forward, layer)
     return model
 
+# %% ../nbs/02b_kernels.ipynb #f58dc886
+class FlatParameters:
+    "A model's trainable parameters and their gradients as views of one tensor each."
+    def __init__(self,
+        model, # its trainable parameters have one dtype and device
+    ):
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        sizes = [p.numel() for p in self.params]
+        self.whole = torch.nn.Parameter(torch.cat([p.data.flatten() for p in self.params]))  # what the optimizer gets
+        self.grad = torch.zeros_like(self.whole.data)
+        self.grads = [g.view_as(p) for g, p in zip(self.grad.split(sizes), self.params)]
+        for p, piece in zip(self.params, self.whole.data.split(sizes)): p.data = piece.view_as(p)
+
+    def attach(self):
+        "Call before a backward pass: after a `zero_grad` the gradients start at zero, in their place."
+        if self.params[0].grad is None:
+            self.grad.zero_()
+            for p, g in zip(self.params, self.grads): p.grad = g
+        self.whole.grad = self.grad
+
 # %% ../nbs/02b_kernels.ipynb #01d4fe23
 class StepGraphs:
     "Forward and backward of a padded batch as one CUDA graph for each padded length."
     def __init__(self,
-        model,              # PeftModel on CUDA, after `fuse_lora`
-        rows: int,          # examples of a full forward pass
-        multiple: int = 64, # lengths are padded to multiples of this
+        model,                # PeftModel on CUDA, after `fuse_lora`
+        flat: FlatParameters, # of that model
+        rows: int,            # examples of a full forward pass
+        multiple: int = 64,   # lengths are padded to multiples of this
     ):
-        self.model, self.rows, self.multiple, self.graphs, self.pool = model, rows, multiple, {}, torch.cuda.graph_pool_handle()
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        self.grads = [torch.zeros_like(p) for p in self.params]
+        self.model, self.flat, self.rows, self.multiple, self.graphs, self.pool = model, flat, rows, multiple, {}, torch.cuda.graph_pool_handle()
 
     def loss(self, input_ids, labels, items):
         "Sum of the labels' negative log-probabilities divided by `items`."
@@ -85,7 +104,7 @@ class StepGraphs:
         ids = torch.zeros(self.rows, length, dtype=torch.long, device=self.model.device)
         labels, items = torch.full_like(ids, -100), torch.ones((), device=self.model.device)
         labels[:, -1] = 0
-        random, before = torch.cuda.get_rng_state(), [g.clone() for g in self.grads]
+        random, before = torch.cuda.get_rng_state(), self.flat.grad.clone()
         stream = torch.cuda.Stream(); stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2): self.loss(ids, labels, items).backward()
@@ -93,14 +112,12 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             loss = self.loss(ids, labels, items); loss.backward()
-        torch._foreach_copy_(self.grads, before); torch.cuda.set_rng_state(random)
+        self.flat.grad.copy_(before); torch.cuda.set_rng_state(random)
         return graph, ids, labels, items, loss
 
     def __call__(self, input_ids, labels, items):
-        "One forward and backward pass; the gradients are added to the parameters'. Returns the loss."
-        if self.params[0].grad is None:
-            torch._foreach_zero_(self.grads)
-            for p, g in zip(self.params, self.grads): p.grad = g
+        "One forward and backward pass; the gradients are added to the flat gradient. Returns the loss."
+        self.flat.attach()
         n, length = input_ids.shape
         padded = -(-length // self.multiple) * self.multiple
         if padded not in self.graphs: self.graphs[padded] = self._record(padded)

@@ -153,4 +153,4 @@ def load_tuned(
     folder = Path(run_dir) / "adapter"
     if not (folder / "adapter_config.json").exists():
         raise ModelError(f"no adapter in {short_path(folder)}: train one first with 02_train or `dolly-lora run {recipe.preset}`")
-    return fuse_lora(PeftModel.from_pretrained(load_base(recipe), folder).eval())
+    return fuse_lora(PeftModel.from_pretrained(load_base(recipe), folder).eval(), large=False)

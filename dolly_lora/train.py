@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_train.ipynb #d0e8f560
 from __future__ import annotations
-import os, resource, shutil, time, zipfile
+import gc, math, os, resource, shutil, time, zipfile
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from .config import DollyError, Recipe, environment, read_json, save_fig, start_run, write_json, write_text
 from .data import encode_split, prepare_data
-from .kernels import StepGraphs, fuse_lora
+from .kernels import FlatParameters, StepGraphs, fuse_lora
 from .models import add_lora, compute_dtype, load_base, load_tokenizer, load_tuned, lora_parameter_count
 
 # %% auto #0
@@ -23,11 +23,20 @@ __all__ = ['DollyTrainer', 'Progress', 'training_arguments', 'last_checkpoint', 
 
 # %% ../nbs/02_train.ipynb #37b026c2
 class DollyTrainer(SFTTrainer):
-    "SFTTrainer with a token-weighted validation loss, steps replayed as CUDA graphs where that is possible, and no model card at each checkpoint."
-    graphs = None  # a `StepGraphs`
+    "SFTTrainer with a token-weighted validation loss, one flat update, and steps replayed as CUDA graphs where `use_graphs` says so."
+    use_graphs, graphs = False, None
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            self.flat = FlatParameters(self.model)
+            make, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = make([{"params": [self.flat.whole], "weight_decay": self.args.weight_decay}], **kwargs)
+        return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self.graphs is None: return super().training_step(model, inputs, num_items_in_batch)
+        self.flat.attach()
+        if not self.use_graphs: return super().training_step(model, inputs, num_items_in_batch)
+        self.graphs = self.graphs or StepGraphs(self.model, self.flat, self.args.per_device_train_batch_size)
         model.train()
         inputs = self._prepare_inputs(inputs)
         return self.graphs(inputs["input_ids"], inputs["labels"], num_items_in_batch)
@@ -58,6 +67,7 @@ class Progress(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs): self.began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available(): torch.cuda.synchronize()
         self.step_s += time.perf_counter() - self.began
         if state.global_step >= state.max_steps: control.should_evaluate = control.should_save = True
 
@@ -80,7 +90,7 @@ def training_arguments(
     "The recipe as TRL's arguments."
     dtype, cuda = compute_dtype(), torch.cuda.is_available()
     return SFTConfig(
-        output_dir=str(Path(run_dir) / "checkpoints"), per_device_train_batch_size=recipe.micro_batch_size, per_device_eval_batch_size=recipe.micro_batch_size,
+        output_dir=str(Path(run_dir) / "checkpoints"), per_device_train_batch_size=recipe.micro_batch_size, per_device_eval_batch_size=4 * recipe.micro_batch_size,
         gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size, num_train_epochs=recipe.epochs, max_steps=recipe.max_steps or -1,
         learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", warmup_steps=recipe.warmup_ratio, weight_decay=recipe.weight_decay, max_grad_norm=recipe.max_grad_norm,
         optim=recipe.optimizer if cuda else "adamw_torch", bf16=False, fp16=dtype == torch.float16,  # a bf16 model needs no autocast
@@ -123,12 +133,13 @@ def train(
         try: trainer, facts = _fit(replace(recipe, micro_batch_size=micro), run_dir, tokenizer, data, log); break
         except torch.OutOfMemoryError:
             if micro == 1: raise DollyError(f"out of GPU memory with one example of {recipe.max_length} tokens: set a smaller max_length or gradient_checkpointing=true") from None
-        torch.cuda.empty_cache(); micro //= 2
+        gc.collect(); torch.cuda.empty_cache(); micro //= 2
         log(f"out of memory: {micro} examples a forward pass from here, still {recipe.batch_size} a step")
     history = summarise(trainer, data["train"][1], facts | {"micro_batch_size": micro})
     trainer.save_model(str(Path(run_dir) / "adapter"))
     write_json(path, history)
     write_text(Path(run_dir) / "adapter" / "README.md", model_card(recipe, history))  # last: the run is complete
+    del trainer; gc.collect(); torch.cuda.empty_cache()
     return history
 
 # %% ../nbs/02_train.ipynb #f99b9192
@@ -138,14 +149,15 @@ def _fit(recipe, run_dir, tokenizer, data, log):
     _check_disk(run_dir)
     model = fuse_lora(add_lora(load_base(recipe), recipe))
     model.config.use_cache = False
+    args = training_arguments(recipe, run_dir, resume is not None)
+    if "LOCAL_RANK" not in os.environ and args.n_gpu > 1: args._n_gpu = 1  # one process, one card, whatever else is in the machine
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    trainer = DollyTrainer(model=model, args=training_arguments(recipe, run_dir, resume is not None), processing_class=tokenizer,
+    trainer = DollyTrainer(model=model, args=args, processing_class=tokenizer,
                            train_dataset=data["train"][0], eval_dataset=data["val"][0], callbacks=[Progress(log)])
     trainer.remove_callback(transformers.PrinterCallback)
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
-    if compute_dtype() == torch.bfloat16 and not recipe.gradient_checkpointing and trainer.args.world_size == 1:
-        trainer.graphs = StepGraphs(model, recipe.micro_batch_size)
+    trainer.use_graphs = compute_dtype() == torch.bfloat16 and not recipe.gradient_checkpointing and trainer.args.world_size == 1
     if resume: log(f"resuming from {resume.name}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -167,7 +179,7 @@ def summarise(
     pick = lambda r, names: {k: r[k] for k in names if k in r}
     log = [pick(r, ("step", "epoch", "loss", "learning_rate", "grad_norm", "mean_token_accuracy", "train_s")) for r in rows if "loss" in r]
     validation = [pick(r, ("step", "epoch", "eval_loss", "train_s")) for r in rows if "eval_loss" in r]
-    best = min(validation, key=lambda r: r["eval_loss"])
+    best = min((r for r in validation if r["step"] > 0 and math.isfinite(r["eval_loss"])), key=lambda r: r["eval_loss"], default=validation[-1])
     seconds, steps = rows[-1]["train_s"], trainer.state.global_step
     tokens = counts["tokens"] * trainer.state.epoch
     summary = dict(steps=steps, epochs=trainer.state.epoch, train_seconds=seconds, seconds_per_step=seconds / steps, real_tokens=round(tokens),
