@@ -59,7 +59,8 @@ class Chat:
         max_tokens: int = 2048,    # prompt and answer together; older turns are forgotten beyond it
     ):
         self.model, self.tokenizer, self.max_new_tokens, self.max_tokens = model, tokenizer, max_new_tokens, max_tokens
-        self.history, self.tuned, self.lock = [], True, threading.Lock()
+        self.history, self.tuned = [], True
+        self.lock = model.__dict__.setdefault("chat_lock", threading.Lock())  # one for all chats of a model
 
     def stream(self, text: str): # the user's message
         "Yield the growing answer; the pair enters the history when it is complete."
@@ -89,7 +90,7 @@ class _Window:
     def __init__(self):
         import ipywidgets as w
         self.page = w.HTML(layout=w.Layout(border="1px solid #ccc", padding="8px", min_height="120px", max_height="420px", overflow="auto"))
-        self.text = w.Text(placeholder="Ask something, then press Enter", layout=w.Layout(flex="1"), continuous_update=False)
+        self.text = w.Text(placeholder="Ask something, then press Enter", layout=w.Layout(flex="1"))
         self.which = w.ToggleButtons(options=[("Tuned", True), ("Base", False)], description="Model")
         self.send, self.clear = w.Button(description="Send", button_style="primary"), w.Button(description="Clear")
         for name in "page", "text", "which", "send", "clear": getattr(self, name).add_class(f"dl-{name}")
@@ -105,7 +106,7 @@ class ChatUI(_Window):
     def __init__(self, chat: Chat): # the conversation to show
         super().__init__()
         self.chat, self.busy = chat, threading.Lock()
-        self.text.observe(self._ask, "value"); self.send.on_click(self._ask); self.clear.on_click(self._clear)
+        self.text.on_submit(self._ask); self.send.on_click(self._ask); self.clear.on_click(self._clear)
 
     def _ask(self, _):
         question = self.text.value.strip()

@@ -4,8 +4,9 @@
 
 # %% ../nbs/06_cli.ipynb #27cfb78f
 from __future__ import annotations
-import argparse, dataclasses, importlib.metadata, importlib.util, json, os, shutil, sys, time
+import argparse, dataclasses, importlib.metadata, importlib.util, json, shlex, shutil, sys, time
 from pathlib import Path
+from packaging.requirements import Requirement
 from .config import PRESETS, ConfigError, DollyError, Recipe, load_run, project_root, read_json, resolve, short_path, start_run, write_json
 
 # %% auto #0
@@ -37,12 +38,13 @@ def check_parameters(
 def preflight(
     recipe: Recipe, # what is to run
 ):
-    "Find what can be found before a kernel starts: a missing data file, base model or benchmark file."
-    from dolly_lora.data import DataError
-    for name in "dataset", "alpaca", "mtbench":
-        value = getattr(recipe, name)
-        if value != "sample" and (Path(value).suffix in (".json", ".jsonl", ".xz", ".parquet") or name != "dataset") and not (project_root() / value).is_file():
-            raise DataError(f"no file at {value!r} ({name}): give an existing path or `sample`")
+    "Find what can be found before a kernel starts: data or benchmark files that are missing or broken, a base model that cannot be had."
+    from transformers.training_args import OptimizerNames
+    from dolly_lora.data import load_dolly
+    from dolly_lora.evaluate import load_alpaca, load_mtbench
+    if recipe.optimizer not in list(OptimizerNames): raise ConfigError(f"unknown optimizer {recipe.optimizer!r}: transformers knows {', '.join(OptimizerNames)}")
+    if recipe.dataset.count("/") != 1 or Path(recipe.dataset).suffix: load_dolly(recipe.dataset)   # not a hub id
+    load_alpaca(recipe.alpaca); load_mtbench(recipe.mtbench)
     if recipe.base != "tiny":
         from dolly_lora.models import locate_base
         locate_base(recipe)
@@ -71,7 +73,7 @@ def run(
         try: papermill.execute_notebook(str(folder / f"{stage}.ipynb"), str(target), parameters, progress_bar=False, stdout_file=_Terminal(), cwd=str(project_root()), kernel_name="python3", extra_arguments=["--log-level=40"])
         except PapermillExecutionError as e: return _failed(stage, f"cell {e.exec_count}", e.source, f"{e.ename}: {e.evalue}", target)
         except (DeadKernelError, CellTimeoutError) as e: return _failed(stage, "the kernel", "", f"{type(e).__name__}: {e} (out of memory?)", target)
-        timings[stage] = timings.get(stage, 0) + time.time() - start
+        timings.setdefault(stage, time.time() - start)  # a later run only reads what this one made
         write_json(out / "stages.json", timings)
     print(f"\nreport: {short_path(out / 'report' / 'report.html')}")
     return 0
@@ -89,14 +91,18 @@ class _Terminal:
     def flush(self): sys.stdout.flush()
 
 # %% ../nbs/06_cli.ipynb #0f9777c6
+def _package(need):
+    try: have = importlib.metadata.version(need.name)
+    except importlib.metadata.PackageNotFoundError: have = None
+    fine = have is not None and need.specifier.contains(have, prereleases=True)
+    return need.name, fine, have if fine else f"{have or 'missing'}: pip install '{need}'"
+
 def doctor() -> list[tuple[str, bool, str]]: # (what, fine, remark with the remedy)
     "What this machine can run, and what is missing."
+    rows = [_package(Requirement(r)) for r in importlib.metadata.requires("dolly_lora") if "extra ==" not in r]
+    if not all(fine for _, fine, _ in rows): return rows + [("presets", False, "none before the packages above are mended")]
     import torch
     from dolly_lora.models import ModelError, locate_base
-    rows = []
-    for name in "torch transformers peft accelerate datasets trl bitsandbytes papermill ipywidgets matplotlib torchmetrics gguf".split():
-        have = importlib.util.find_spec(name) is not None
-        rows.append((name, have, importlib.metadata.version(name) if have else f"missing: pip install {name}"))
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     gib = gpu.total_memory / 2**30 if gpu else 0
     rows.append(("GPU", bool(gpu), f"{gpu.name}, {gib:.0f} GiB, {'bf16' if gpu.major >= 8 else 'fp16 (no bf16)'}" if gpu else "none that CUDA can see: tiny and demo run on the CPU, the others want a GPU"))
@@ -184,7 +190,7 @@ def main(
     except KeyboardInterrupt: print("\ndolly-lora: interrupted; run the same command to resume", file=sys.stderr); return 130
 
 def _dispatch(args):
-    if args.command == "run": return run(args.preset, args.run_dir, " ".join(args.set), args.dataset)
+    if args.command == "run": return run(args.preset, args.run_dir, shlex.join(args.set), args.dataset)
     if args.command == "chat": return chat(args.run_dir, args.batch, not args.no_lora, args.base)
     if args.command == "doctor":
         for what, fine, remark in doctor(): print(f"{'ok' if fine else '--'}  {what:14}{remark}")

@@ -4,13 +4,14 @@
 
 # %% ../nbs/00_config.ipynb #18cefc47
 from __future__ import annotations
-import dataclasses, difflib, importlib.metadata, importlib.resources, json, os, platform, subprocess, tempfile
+import dataclasses, difflib, importlib.metadata, importlib.resources, json, os, platform, shlex, subprocess, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PRESETS', 'DollyError', 'ConfigError', 'Recipe', 'parse_overrides', 'project_root', 'short_path', 'sample_path',
-           'resolve', 'write_text', 'write_json', 'read_json', 'environment', 'start_run', 'load_run', 'save_fig']
+__all__ = ['PRESETS', 'EVALUATION', 'DollyError', 'ConfigError', 'Recipe', 'parse_overrides', 'project_root', 'short_path',
+           'sample_path', 'resolve', 'write_text', 'write_json', 'read_json', 'environment', 'start_run', 'load_run',
+           'save_fig']
 
 # %% ../nbs/00_config.ipynb #e95c6ac6
 class DollyError(ValueError):
@@ -62,8 +63,10 @@ class Recipe:
             raise ConfigError(f"train_on={self.train_on!r}: choose response or all")
         if not (0 < self.val_fraction and 0 < self.test_fraction and self.val_fraction + self.test_fraction < 1):
             raise ConfigError(f"val_fraction={self.val_fraction}, test_fraction={self.test_fraction}: both above 0, their sum below 1")
-        for name in ("max_length", "lora_r", "batch_size", "micro_batch_size", "epochs", "learning_rate", "eval_steps", "logging_steps", "max_new_tokens", "generation_batch_size"):
-            if getattr(self, name) <= 0: raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
+        if not (0 <= self.lora_dropout < 1 and 0 <= self.warmup_ratio < 1 and self.weight_decay >= 0 and self.max_steps >= 0 and self.test_answers >= 0):
+            raise ConfigError("lora_dropout and warmup_ratio lie in [0, 1); weight_decay, max_steps and test_answers are not negative")
+        for name in ("lora_alpha", "max_grad_norm", "max_length", "lora_r", "batch_size", "micro_batch_size", "epochs", "learning_rate", "eval_steps", "logging_steps", "max_new_tokens", "generation_batch_size"):
+            if not 0 < getattr(self, name) < float("inf"): raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
 
 # %% ../nbs/00_config.ipynb #535116a3
 _smollm2 = dict(base="smollm2", revision="", gradient_checkpointing=False)
@@ -75,16 +78,16 @@ PRESETS = {r.preset: r for r in (  # name -> Recipe
     Recipe(**_small | _smollm2 | dict(preset="demo", max_length=512, max_steps=8, eval_steps=4, max_new_tokens=64)),
     Recipe(**_smollm2 | dict(preset="smollm2", micro_batch_size=16, max_new_tokens=256, generation_batch_size=768)),
     Recipe(preset="llama2"),
-    Recipe(preset="llama2-t4", micro_batch_size=1, max_length=512, generation_batch_size=4))}
+    Recipe(preset="llama2-t4", micro_batch_size=1, max_length=512, eval_steps=100, test_answers=200, max_new_tokens=256, generation_batch_size=4))}
 
 # %% ../nbs/00_config.ipynb #cc7af6ab
 def parse_overrides(
-    overrides: str, # space-separated `field=value` pairs, e.g. "epochs=1 lora_r=8"
+    overrides: str, # space-separated `field=value` pairs, e.g. "epochs=1 lora_r=8"; quoted where a value has a space
 ) -> dict: # field name -> value of the field's type; `ConfigError` names an unknown field or a bad value
     "Read overrides as the types that `Recipe` declares."
     kinds = {f.name: type(f.default) for f in dataclasses.fields(Recipe)}
     out = {}
-    for pair in overrides.split():
+    for pair in shlex.split(overrides):
         name, eq, value = pair.partition("=")
         if not eq or name not in kinds or name == "preset":
             raise ConfigError(f"cannot set {pair!r}: write field=value, with a field of Recipe{_suggest(name, kinds)}")
@@ -128,6 +131,8 @@ def resolve(
         preset, run_dir = "tiny", run_dir or tempfile.mkdtemp(prefix="dolly_lora_")
     if preset not in PRESETS: raise ConfigError(f"unknown preset {preset!r}{_suggest(preset, PRESETS)}")
     changes = parse_overrides(overrides) | ({"dataset": dataset} if dataset else {})
+    if "epochs" in changes: changes.setdefault("max_steps", 0)   # who asks for epochs wants those epochs
+    if "base" in changes: changes.setdefault("revision", "")      # another model has other commits
     recipe = dataclasses.replace(PRESETS[preset], **changes)
     return recipe, project_root() / (run_dir or f"runs/{preset}")
 
@@ -163,22 +168,24 @@ def environment() -> dict: # python, packages, gpu (name and memory in GiB, or N
     import torch
     names = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets")
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    try: commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project_root(), capture_output=True, text=True).stdout.strip()
+    try: commit = subprocess.run(["git", "rev-parse", "-q", "--verify", "HEAD"], cwd=project_root(), capture_output=True, text=True).stdout.strip()
     except OSError: commit = ""  # no git on this machine
     return dict(python=platform.python_version(), packages={n: importlib.metadata.version(n) for n in names}, cpu_cores=os.cpu_count(),
                 gpu=gpu and dict(name=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1)), commit=commit or os.environ.get("DOLLY_LORA_COMMIT"))
 
 # %% ../nbs/00_config.ipynb #c29f97df
+EVALUATION = {"test_answers", "alpaca", "mtbench", "max_new_tokens", "generation_batch_size"}  # fields that training does not depend on
+
 def start_run(
     recipe: Recipe, # what to run
     run_dir: Path,  # its folder
 ):
     "Write `recipe.json`, or check that the folder already belongs to this recipe; `ConfigError` names what differs."
-    path = Path(run_dir) / "recipe.json"
-    now = dataclasses.asdict(recipe)
+    path, now = Path(run_dir) / "recipe.json", dataclasses.asdict(recipe)
     if path.exists():
-        was = read_json(path)["recipe"]
-        diff = [f"{k}: {was.get(k)} there, {v} now" for k, v in now.items() if was.get(k) != v]
+        run = read_json(path)
+        diff = [f"{k}: {run['recipe'].get(k)} there, {v} now" for k, v in now.items() if run["recipe"].get(k) != v and k not in EVALUATION]
+        if run["recipe"] != now and not diff: write_json(path, run | {"recipe": now})
         if diff: raise ConfigError(f"{short_path(path)} is another recipe's ({'; '.join(diff)}): choose another run_dir or delete that folder")
     else: write_json(path, {"recipe": now, **environment()})
 

@@ -13,8 +13,8 @@ from .data import DataError, build_conversation, build_prompt, encode_all, norma
 from .generate import Answer, generate
 
 # %% auto #0
-__all__ = ['MTBENCH_TEMPERATURE', 'token_losses', 'mean_loss', 'loss_difference', 'stored', 'fitting', 'answer_test', 'rouge_l',
-           'answer_metrics', 'load_alpaca', 'answer_alpaca', 'overlap', 'load_mtbench', 'answer_mtbench']
+__all__ = ['MTBENCH_TEMPERATURE', 'token_losses', 'mean_loss', 'loss_difference', 'made_with', 'stored', 'fitting', 'answer_test',
+           'rouge_l', 'answer_metrics', 'load_alpaca', 'answer_alpaca', 'overlap', 'load_mtbench', 'answer_mtbench']
 
 # %% ../nbs/03_eval.ipynb #ad35a68f
 @torch.inference_mode()
@@ -62,13 +62,23 @@ def loss_difference(
     return dict(difference=mean_loss(tuned)["loss"] - mean_loss(base)["loss"], low=float(low), high=float(high))
 
 # %% ../nbs/03_eval.ipynb #a580aea6
+def made_with(
+    recipe: Recipe,       # `max_new_tokens`, `seed`
+    run_dir: Path,        # holds the adapter
+    prompts: list[str],   # what is asked
+) -> dict: # the key of a set of answers
+    "What answers depend on: adapter, decoding and prompts."
+    sha = lambda b: hashlib.sha256(b).hexdigest()[:16]
+    return dict(adapter=sha((Path(run_dir) / "adapter" / "adapter_model.safetensors").read_bytes()), max_new_tokens=recipe.max_new_tokens, seed=recipe.seed, prompts=sha(json.dumps(prompts).encode()))
+
 def stored(
     path: Path, # JSON file
-    make,       # called without arguments if the file is not there; its result is stored
-): # what the file holds
-    "Read a result, or make it once and publish it atomically."
-    if not Path(path).exists(): write_json(path, make())
-    return read_json(path)
+    key: dict,  # what the result depends on
+    make,       # called without arguments if there is no result for that key; what it returns is stored
+): # the result
+    "Read a result that was made under the same key, or make it and publish it atomically."
+    if not Path(path).exists() or read_json(path)["key"] != key: write_json(path, dict(key=key, result=make()))
+    return read_json(path)["result"]
 
 def fitting(
     rows: list[dict], # records
@@ -115,8 +125,9 @@ def load_alpaca(
 ) -> list[dict]: # instruction and dataset
     "AlpacaEval's instructions, in their order."
     path = sample_path("alpaca_sample.json") if source == "sample" else project_root() / source
-    rows = json.loads(_read_text(path))
-    if not all(isinstance(r, dict) and isinstance(r.get("instruction"), str) for r in rows): raise DataError(f"{path.name}: every entry needs an `instruction`")
+    try: rows = json.loads(_read_text(path))
+    except json.JSONDecodeError as e: raise DataError(f"{path.name} line {e.lineno}: not JSON ({e.msg})") from None
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and isinstance(r.get("instruction"), str) for r in rows): raise DataError(f"{path.name}: every entry needs an `instruction`")
     return [dict(instruction=r["instruction"], dataset=r.get("dataset", "unknown")) for r in rows]
 
 def answer_alpaca(
@@ -148,8 +159,12 @@ def load_mtbench(
 ) -> list[dict]: # question_id, category, turns
     "MT-Bench's questions."
     path = sample_path("mtbench_sample.jsonl") if source == "sample" else project_root() / source
-    rows = [json.loads(line) for line in _read_text(path).splitlines() if line.strip()]
-    if not all(len(r.get("turns", [])) == 2 for r in rows): raise DataError(f"{path.name}: every question needs two `turns`")
+    rows = []
+    for n, line in enumerate(_read_text(path).splitlines(), 1):
+        if not line.strip(): continue
+        try: q = json.loads(line); rows.append(dict(question_id=q["question_id"], category=q["category"], turns=[str(t) for t in q["turns"]]))
+        except (json.JSONDecodeError, KeyError, TypeError): raise DataError(f"{path.name} line {n}: expected an object with question_id, category and turns") from None
+        if len(rows[-1]["turns"]) != 2: raise DataError(f"{path.name} line {n}: a question has two turns")
     return rows
 
 # %% ../nbs/03_eval.ipynb #c58dfe3f

@@ -84,7 +84,7 @@ def locate_base(
 ) -> str: # what `from_pretrained` takes: a folder or a hub id
     "Find the base model, or say in one line why it cannot be had (`ModelError`)."
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
     base = recipe.base
     if base == "smollm2": return str(packaged_smollm2())
     if (folder := project_root() / base).is_dir():
@@ -95,7 +95,10 @@ def locate_base(
     try: hf_hub_download(base, "config.json", revision=recipe.revision or None)
     except GatedRepoError: raise ModelError(f"{base} is gated: accept its licence at https://huggingface.co/{base}, then set HF_TOKEN to a read token of that account") from None
     except RepositoryNotFoundError: raise ModelError(f"the hub knows no model {base!r}, or your HF_TOKEN may not see it: check the name") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+    except RevisionNotFoundError: raise ModelError(f"{base} has no revision {recipe.revision!r}: give a commit of that repository, or none") from None
+    except LocalEntryNotFoundError: raise ModelError(f"cannot reach the hub for {base}: check the network, or use preset=demo, which needs none") from None
+    except EntryNotFoundError: raise ModelError(f"{base} has no config.json: it is not a transformers model") from None
+    except (HfHubHTTPError, OSError) as e:
         raise ModelError(f"cannot reach the hub for {base} ({type(e).__name__}): check the network, or use preset=demo, which needs none") from None
     return base
 

@@ -35,6 +35,7 @@ def _table(head, rows):
 def _figure(name, caption): return f"\n![{caption}](figures/{name}.svg)\n\n*{caption}*\n"
 
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "tiny": "a random two-layer Llama", "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B"}
+def _method(r): return "QLoRA" if r["recipe"]["load_in_4bit"] and r["environment"]["gpu"] else "LoRA"
 def _model(r): return MODELS.get(r["recipe"]["base"], r["recipe"]["base"])
 
 # %% ../nbs/05_report.ipynb #72ce69d9
@@ -43,9 +44,9 @@ def section_summary(r: dict) -> str: # `r` from `collect`; Markdown
     s, e, d = r["training"]["summary"], r["evaluation"], r["evaluation"]["difference"]
     verdict = "better" if d["high"] < 0 else "worse" if d["low"] > 0 else "not measurably different"
     stand_in = "" if "Llama-2" in r["recipe"]["base"] else (
-        f"\n\n> **The base model of this run is {_model(r)}, not LLaMA-2-7B.** LLaMA-2's weights are gated and could not be had on the machine that made this report; this is a small model of the same "
-        "architecture, run through the same code. Its quality is that of a small model. The `llama2` preset is the assignment.")
-    return (f"{_model(r)} was tuned with QLoRA (rank {r['recipe']['lora_r']}, {s['trainable_parameters']:,} trainable parameters) on {r['data']['splits']['train']:,} records of "
+        f"\n\n> **The base model of this run is {_model(r)}, not LLaMA-2-7B.** LLaMA-2's weights are gated; this is a small model of the same architecture that can be had without an account, run through the same code. "
+        "Its quality is that of a small model. The `llama2` preset is the assignment.")
+    return (f"{_model(r)} was tuned with {_method(r)} (rank {r['recipe']['lora_r']}, {s['trainable_parameters']:,} trainable parameters) on {r['data']['splits']['train']:,} records of "
             f"{r['data']['source']} for {s['epochs']:.3g} epoch{'' if s['epochs'] == 1 else 's'}, {s['steps']:,} steps of {r['recipe']['batch_size']} examples. On {r['data']['splits']['test']:,} held-out records the loss of the reference answers went from "
             f"{e['test']['base']['loss']:.3f} to {e['test']['tuned']['loss']:.3f} nats a token ({d['difference']:+.3f}, 95 % interval {d['low']:+.3f} to {d['high']:+.3f}): the tuned model is {verdict}. "
             f"Of its test answers {e['test']['tuned']['finished']:.0f} % end by themselves; of the base model's, {e['test']['base']['finished']:.0f} %.{stand_in}")
@@ -81,8 +82,8 @@ def section_training(r: dict) -> str: # `r` from `collect`; Markdown
     "The curves and what they say."
     s = r["training"]["summary"]
     resumed = f" The run was interrupted and resumed from step {s['resumed_from']}." if s["resumed_from"] else ""
-    return (f"Validation loss fell from {s['first_validation_loss']:.4f} before training to {s['best_validation_loss']:.4f} at step {s['best_step']:,} of {s['steps']:,}; those weights were kept.{resumed}\n"
-            + _figure("training_curves", "Training and validation loss on the response tokens, and the learning rate.")
+    return (f"Validation loss went from {s['first_validation_loss']:.4f} before training to {s['best_validation_loss']:.4f} at step {s['best_step']:,} of {s['steps']:,}; those weights were kept.{resumed}\n"
+            + _figure("training_curves", "Training and validation loss on the tokens that are learnt, and the learning rate.")
             + "\n" + _table(["step", "epoch", "validation loss"], [[v["step"], f"{v['epoch']:.2f}", f"{v['eval_loss']:.4f}"] for v in r["training"]["validation"]]))
 
 # %% ../nbs/05_report.ipynb #3a802835
@@ -92,12 +93,13 @@ def section_evaluation(r: dict) -> str: # `r` from `collect`; Markdown
     rows = [["test loss (nats a token)", b["loss"], t["loss"]], ["perplexity", b["perplexity"], t["perplexity"]], ["ROUGE-L (%)", b["rouge_l"], t["rouge_l"]],
             ["answers that end by themselves (%)", b["finished"], t["finished"]], [f"mean words (references: {t['mean_reference_words']:.0f})", b["mean_words"], t["mean_words"]]]
     for key, name in ("alpaca_eval", "AlpacaEval"), ("mt_bench", "MT-Bench"):
-        rows += [[f"{name}-shaped prompts ({e[key]['prompts']}, {e[key]['source']}): end by themselves (%)", e[key]["base"]["finished"], e[key]["tuned"]["finished"]]]
+        if key in e: rows += [[f"{name}-shaped prompts ({e[key]['prompts']}, {e[key]['source']}): end by themselves (%)", e[key]["base"]["finished"], e[key]["tuned"]["finished"]]]
     shown = [[x["instruction"] + (f"\n\n({x['context']})" if x["context"] else ""), x["before"] + ("" if x["before_finished"] else " …"), x["after"] + ("" if x["after_finished"] else " …"), x["reference"]] for x in r["before_after"]]
     return (f"Both models are the same weights with the adapter off and on. Losses are over {b['tokens']:,} response tokens of {r['data']['splits']['test']:,} test records; {t['answers']:,} of their prompts were answered greedily, up to {r['recipe']['max_new_tokens']} tokens.\n\n"
             + _table(["", "base", "tuned"], rows) + _figure("test_loss", "Test loss by category, base and tuned.") + _figure("answer_lengths", "Length of the answers to test prompts.")
+            + (f"\n{e['note']}\n" if "note" in e else "")
             + "\nNo judge has read these answers: AlpacaEval win rates and MT-Bench ratings are not part of this report. The answers lie in the official formats, ready for one.\n"
-            + "\n### Before and after\n\nQuestions written for this course, none of them trained on; up to 80 tokens each (… marks an answer that was cut off).\n\n" + _table(["instruction", "before", "after", "reference"], shown))
+            + f"\n### Before and after\n\nQuestions written for this course, none of them trained on; up to {min(80, r['recipe']['max_new_tokens'])} tokens each (… marks an answer that was cut off).\n\n" + _table(["instruction", "before", "after", "reference"], shown))
 
 # %% ../nbs/05_report.ipynb #e7006d1e
 def section_hardware(r: dict) -> str: # `r` from `collect`; Markdown
@@ -126,7 +128,8 @@ def section_discussion(r: dict) -> str: # `r` from `collect`; Markdown
     bullets = lambda lines: "".join(f"- {x}\n" for x in lines) or "- Nothing that was measured.\n"
     limits = [f"One run with one seed ({r['recipe']['seed']}); the interval above covers the choice of test records only.", "Loss and ROUGE-L compare with one reference answer; a good answer in other words scores badly.",
               "No judge, human or model, has rated the answers."] + ([f"{_model(r)} stands in for LLaMA-2-7B: its numbers say nothing about the larger model's."] if "Llama-2" not in r["recipe"]["base"] else []) \
-             + (["The benchmark-shaped prompts are the course's own few, not the official sets."] if e["alpaca_eval"]["source"] == "sample" else [])
+             + (["The base model is an *Instruct* model, tuned before in another template: part of the gain is learning this one."] if r["recipe"]["base"] == "smollm2" else []) \
+             + (["The benchmark-shaped prompts are the course's own few, not the official sets."] if r["recipe"]["alpaca"] == "sample" else [])
     return (f"**What improved**\n\n{bullets(better)}\n**What did not**\n\n{bullets(worse)}\nIn training, {late}.\n\n**Limitations**\n\n{bullets(limits)}\n**Future work**\n\n"
             + bullets(["Judge the answers: win rate against a reference (AlpacaEval 2) and ratings of two turns (MT-Bench).", "Repeat with three seeds, to put an interval on training itself."] + ([] if "Llama-2" in r["recipe"]["base"] else ["Run the `llama2` preset where its weights may be used."])))
 
@@ -154,7 +157,7 @@ def report_markdown(
     sections = {"Dataset": section_dataset, "Implementation": section_implementation, "Training results": section_training, "Evaluation results": section_evaluation,
                 "Hardware and run time": section_hardware, "Discussion": section_discussion}
     body = "\n\n".join(f"## {title}\n\n{make(r)}" for title, make in sections.items())
-    return f"# Instruction-tuning {_model(r)} with QLoRA\n\n{section_summary(r)}\n\n{body}\n\n## References\n\n{REFERENCES}"
+    return f"# Instruction-tuning {_model(r)} with {_method(r)}\n\n{section_summary(r)}\n\n{body}\n\n## References\n\n{REFERENCES}"
 
 # %% ../nbs/05_report.ipynb #86ec61fb
 def write_report(

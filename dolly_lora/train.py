@@ -57,7 +57,7 @@ class DollyTrainer(SFTTrainer):
 
 # %% ../nbs/02_train.ipynb #5bfff79b
 class Progress(TrainerCallback):
-    "Times the steps, counts real tokens, prints the live loss, validates at the end."
+    "Times the steps, prints the live loss, validates at the end."
     def __init__(self, log): self.log, self.step_s = log, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -105,7 +105,7 @@ def _whole(folder):
     "Can every file of a checkpoint be read to its end?"
     try:
         with safe_open(folder / "adapter_model.safetensors", "pt") as f: sizes = [f.get_slice(k).get_shape() for k in f.keys()]
-        archives = [zipfile.ZipFile(folder / n).testzip() for n in ("optimizer.pt", "scheduler.pt", "rng_state.pth")]
+        archives = [zipfile.ZipFile(folder / n).testzip() for n in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt") if n != "scaler.pt" or (folder / n).exists()]
         return bool(sizes) and not any(archives) and bool(read_json(folder / "trainer_state.json")["log_history"])
     except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile): return False
 
@@ -128,6 +128,8 @@ def train(
     if path.exists() and (Path(run_dir) / "adapter" / "README.md").exists(): return read_json(path)
     tokenizer, splits = load_tokenizer(recipe), prepare_data(recipe, run_dir)
     data = {name: encode_split(splits[name], tokenizer, recipe) for name in ("train", "val")}
+    for name, (rows, _) in data.items():
+        if not len(rows): raise DollyError(f"no {name} example has room for a response within {recipe.max_length} tokens: set a larger max_length")
     micro = recipe.micro_batch_size
     while True:
         try: trainer, facts = _fit(replace(recipe, micro_batch_size=micro), run_dir, tokenizer, data, log); break
