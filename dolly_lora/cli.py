@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse, dataclasses, importlib.metadata, importlib.util, json, shlex, shutil, sys, time
 from pathlib import Path
 from packaging.requirements import Requirement
-from .config import PRESETS, ConfigError, DollyError, Recipe, load_run, project_root, read_json, resolve, short_path, start_run, write_json
+from .config import PRESETS, ConfigError, DollyError, Recipe, _suggest, load_run, project_root, read_json, resolve, short_path, start_run, write_json
 
 # %% auto #0
 __all__ = ['STAGES', 'notebooks', 'check_parameters', 'preflight', 'run', 'doctor', 'read_prompts', 'chat', 'main']
@@ -42,7 +42,7 @@ def preflight(
     from transformers.training_args import OptimizerNames
     from dolly_lora.data import load_dolly
     from dolly_lora.evaluate import load_alpaca, load_mtbench
-    if recipe.optimizer not in list(OptimizerNames): raise ConfigError(f"unknown optimizer {recipe.optimizer!r}: transformers knows {', '.join(OptimizerNames)}")
+    if recipe.optimizer not in list(OptimizerNames): raise ConfigError(f"transformers has no optimizer {recipe.optimizer!r}{_suggest(recipe.optimizer, [str(o.value) for o in OptimizerNames])}")
     if recipe.dataset.count("/") != 1 or Path(recipe.dataset).suffix: load_dolly(recipe.dataset)   # not a hub id
     load_alpaca(recipe.alpaca); load_mtbench(recipe.mtbench)
     if recipe.base != "tiny":

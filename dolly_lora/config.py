@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_config.ipynb #18cefc47
 from __future__ import annotations
-import dataclasses, difflib, importlib.metadata, importlib.resources, json, os, platform, shlex, subprocess, tempfile
+import dataclasses, difflib, importlib.metadata, importlib.resources, json, logging, os, platform, shlex, subprocess, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,9 @@ from pathlib import Path
 __all__ = ['PRESETS', 'EVALUATION', 'DollyError', 'ConfigError', 'Recipe', 'parse_overrides', 'project_root', 'short_path',
            'sample_path', 'resolve', 'write_text', 'write_json', 'read_json', 'environment', 'start_run', 'load_run',
            'save_fig']
+
+# %% ../nbs/00_config.ipynb #141ce964
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it regrets, at import, a kernel that nobody asked for
 
 # %% ../nbs/00_config.ipynb #e95c6ac6
 class DollyError(ValueError):

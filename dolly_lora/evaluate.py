@@ -8,7 +8,7 @@ import hashlib, json, lzma, time
 from pathlib import Path
 import numpy as np
 import torch
-from .config import Recipe, project_root, read_json, sample_path, write_json, write_text
+from .config import Recipe, project_root, read_json, sample_path, short_path, write_json, write_text
 from .data import DataError, build_conversation, build_prompt, encode_all, normalise
 from .generate import Answer, generate
 
@@ -118,7 +118,7 @@ def answer_metrics(
 # %% ../nbs/03_eval.ipynb #68934ac7
 def _read_text(path):
     try: return (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8").read()
-    except FileNotFoundError: raise DataError(f"no file at {path}: give the path of the official file, or `sample`") from None
+    except FileNotFoundError: raise DataError(f"no file at {short_path(path)}: give the path of the official file, or `sample`") from None
 
 def load_alpaca(
     source: str, # path of a .json or .json.xz list with `instruction`, or `sample`

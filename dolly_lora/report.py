@@ -32,7 +32,7 @@ def _table(head, rows):
     cell = lambda c: f"{c:,.4g}" if isinstance(c, float) else f"{c:,}" if isinstance(c, int) and not isinstance(c, bool) else escape(str(c)).replace("|", "&#124;").replace("\n", "<br>").replace("*", "&#42;").replace("_", "&#95;").replace("`", "&#96;").replace("[", "&#91;")
     return "\n".join(["| " + " | ".join(map(str, head)) + " |", "|" + " --- |" * len(head), *("| " + " | ".join(map(cell, row)) + " |" for row in rows)])
 
-def _figure(name, caption): return f"\n![{caption}](figures/{name}.svg)\n\n*{caption}*\n"
+def _figure(name, caption): return f"\n\n![{caption}](figures/{name}.svg)\n\n*{caption}*\n"
 
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "tiny": "a random two-layer Llama", "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B"}
 def _method(r): return "QLoRA" if r["recipe"]["load_in_4bit"] and r["environment"]["gpu"] else "LoRA"
@@ -57,9 +57,9 @@ def section_dataset(r: dict) -> str: # `r` from `collect`; Markdown
     c, t = r["data"]["cleaning"], r["tokens"]
     names = sorted({n for p in r["data"]["categories"].values() for n in p})
     splits = [[n, *(r["data"]["categories"][p].get(n, 0) for p in ("train", "val", "test"))] for n in names]
-    return (f"{c['read']:,} records were read from {r['data']['source']}. {c['empty_responses']} had no response, {c['exact_duplicates']} were exact duplicates and {c['normalised_duplicates']} "
-            f"duplicates but for case and white space; all of these were removed before the split. {c['citation_marks']:,} citation marks were removed from {c['contexts_with_marks']:,} contexts. "
-            f"{c['kept']:,} records remain, split by a hash of the prompt (seed {r['recipe']['seed']}), stratified by category; equal prompts stay on one side.\n\n"
+    return (f"{c['read']:,} records were read from {r['data']['source']}. Before the split these were removed: {c['empty_responses']} without a response, {c['exact_duplicates']} exact duplicates, "
+            f"{c['normalised_duplicates']} that repeated another but for case and white space. {c['citation_marks']:,} citation marks were removed from {c['contexts_with_marks']:,} contexts. "
+            f"{c['kept']:,} records remain, split by a hash of the passage, or of the instruction where there is none (seed {r['recipe']['seed']}), stratified by category; no passage is on two sides.\n\n"
             + _table(["category", "train", "validation", "test"], splits + [["all", *(r["data"]["splits"][p] for p in ("train", "val", "test"))]]) + _figure("categories", "Records by category and split.")
             + f"\nExamples are cut at {r['recipe']['max_length']:,} tokens: {t['train']['cut']} of {t['train']['examples']:,} training examples are ({t['train']['tokens_cut']:,} tokens lost), {t['train']['dropped']} "
             f"had a prompt that filled the limit and were dropped. The training split has {t['train']['tokens']:,} tokens, of which {t['train']['response_tokens']:,} ({t['train']['response_tokens'] / t['train']['tokens']:.0%}) are learnt.\n"
@@ -146,7 +146,7 @@ REFERENCES = """- T. Dettmers, A. Pagnoni, A. Holtzman, L. Zettlemoyer: QLoRA: E
 # %% ../nbs/05_report.ipynb #b545ea43
 STYLE = """body{font:16px/1.55 Georgia,serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222}h1,h2,h3{font-family:Helvetica,Arial,sans-serif;line-height:1.2}h2{margin-top:2.2rem;border-bottom:1px solid #ccc}
 table{border-collapse:collapse;font:13.5px/1.4 Helvetica,Arial,sans-serif;margin:1rem 0;width:100%}td,th{border-bottom:1px solid #ddd;padding:.35rem .6rem .35rem 0;text-align:left;vertical-align:top;overflow-wrap:break-word}th{white-space:nowrap}
-td:not(:first-child){font-variant-numeric:tabular-nums}img{max-width:100%}blockquote{margin:1rem 0;padding:.2rem 1rem;background:#fff6e0;border-left:4px solid #e0a800}nav a{margin-right:1rem}
+td:not(:first-child){font-variant-numeric:tabular-nums}img{max-width:100%}blockquote{margin:1rem 0;padding:.2rem 1rem;background:#fff6e0;border-left:4px solid #e0a800}nav{font:14px Helvetica,Arial,sans-serif}nav a{margin-right:.9rem}
 @media print{body{font-size:11pt;margin:0}nav{display:none}h2{break-after:avoid}tr,img{break-inside:avoid}}"""
 
 # %% ../nbs/05_report.ipynb #326fee8e

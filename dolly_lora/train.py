@@ -18,7 +18,7 @@ from .kernels import FlatParameters, StepGraphs, fuse_lora
 from .models import add_lora, compute_dtype, load_base, load_tokenizer, load_tuned, lora_parameter_count
 
 # %% auto #0
-__all__ = ['DollyTrainer', 'Progress', 'training_arguments', 'last_checkpoint', 'train', 'summarise', 'model_card',
+__all__ = ['DollyTrainer', 'Progress', 'training_arguments', 'last_checkpoint', 'summarise', 'model_card', 'train',
            'plot_history']
 
 # %% ../nbs/02_train.ipynb #37b026c2
@@ -116,6 +116,36 @@ def last_checkpoint(
     folders = sorted((Path(run_dir) / "checkpoints").glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1]))
     return next((f for f in folders if _whole(f)), None)
 
+# %% ../nbs/02_train.ipynb #564bc165
+def summarise(
+    trainer,      # after training
+    counts: dict, # of the training split, from `encode_split`
+    facts: dict,  # what was measured around it
+) -> dict: # log: rows with step, epoch, loss, ...; validation: rows with step, eval_loss; summary
+    "The training history: what the curves are drawn from, and the run in numbers."
+    rows = trainer.state.log_history
+    pick = lambda r, names: {k: r[k] for k in names if k in r}
+    log = [pick(r, ("step", "epoch", "loss", "learning_rate", "grad_norm", "mean_token_accuracy", "train_s")) for r in rows if "loss" in r]
+    validation = [pick(r, ("step", "epoch", "eval_loss", "train_s")) for r in rows if "eval_loss" in r]
+    best = min((r for r in validation if r["step"] > 0 and math.isfinite(r["eval_loss"])), key=lambda r: r["eval_loss"], default=validation[-1])
+    seconds, steps = rows[-1]["train_s"], trainer.state.global_step
+    tokens = counts["tokens"] * trainer.state.epoch
+    summary = dict(steps=steps, epochs=trainer.state.epoch, train_seconds=seconds, seconds_per_step=seconds / steps, real_tokens=round(tokens),
+                   real_tokens_per_second=tokens / seconds, first_validation_loss=validation[0]["eval_loss"], best_validation_loss=best["eval_loss"], best_step=best["step"], **facts)
+    return dict(summary=summary, log=log, validation=validation, environment=environment())
+
+def model_card(
+    recipe: Recipe, # of the run
+    history: dict,  # from `summarise`
+) -> str: # Markdown for adapter/README.md
+    "Says what the adapter is, how to load it, and under which licences."
+    s = history["summary"]
+    return f"""---\nbase_model: {recipe.base}\nlibrary_name: peft\n---\n\n# LoRA adapter, {recipe.preset} preset of dolly_lora\n
+Trained on {recipe.dataset} for {s["epochs"]:g} epochs ({s["steps"]} steps of {recipe.batch_size} examples), rank {recipe.lora_r}, alpha {recipe.lora_alpha}, seed {recipe.seed}.
+Validation loss {s["first_validation_loss"]:.4f} before, {s["best_validation_loss"]:.4f} at step {s["best_step"]}, whose weights these are.\n
+Load it with `PeftModel.from_pretrained(base_model, "adapter")`. Prompts: `### Instruction:`, optional `### Context:`, `### Response:`, as in 01_data.\n
+Licences: databricks-dolly-15k is CC BY-SA 3.0; LLaMA-2 has the Llama 2 community licence; SmolLM2 is Apache-2.0.\n"""
+
 # %% ../nbs/02_train.ipynb #2dc12d29
 def train(
     recipe: Recipe, # what to do
@@ -169,36 +199,6 @@ def _fit(recipe, run_dir, tokenizer, data, log):
 def _check_disk(run_dir, need=2 * 2**30):
     free = shutil.disk_usage(run_dir).free
     if free < need: raise DollyError(f"only {free / 2**30:.1f} GiB free for {Path(run_dir).name}: a run's checkpoints want {need / 2**30:.0f} GiB; free some or give another run_dir")
-
-# %% ../nbs/02_train.ipynb #564bc165
-def summarise(
-    trainer,      # after training
-    counts: dict, # of the training split, from `encode_split`
-    facts: dict,  # what was measured around it
-) -> dict: # log: rows with step, epoch, loss, ...; validation: rows with step, eval_loss; summary
-    "The training history: what the curves are drawn from, and the run in numbers."
-    rows = trainer.state.log_history
-    pick = lambda r, names: {k: r[k] for k in names if k in r}
-    log = [pick(r, ("step", "epoch", "loss", "learning_rate", "grad_norm", "mean_token_accuracy", "train_s")) for r in rows if "loss" in r]
-    validation = [pick(r, ("step", "epoch", "eval_loss", "train_s")) for r in rows if "eval_loss" in r]
-    best = min((r for r in validation if r["step"] > 0 and math.isfinite(r["eval_loss"])), key=lambda r: r["eval_loss"], default=validation[-1])
-    seconds, steps = rows[-1]["train_s"], trainer.state.global_step
-    tokens = counts["tokens"] * trainer.state.epoch
-    summary = dict(steps=steps, epochs=trainer.state.epoch, train_seconds=seconds, seconds_per_step=seconds / steps, real_tokens=round(tokens),
-                   real_tokens_per_second=tokens / seconds, first_validation_loss=validation[0]["eval_loss"], best_validation_loss=best["eval_loss"], best_step=best["step"], **facts)
-    return dict(summary=summary, log=log, validation=validation, environment=environment())
-
-def model_card(
-    recipe: Recipe, # of the run
-    history: dict,  # from `summarise`
-) -> str: # Markdown for adapter/README.md
-    "Says what the adapter is, how to load it, and under which licences."
-    s = history["summary"]
-    return f"""---\nbase_model: {recipe.base}\nlibrary_name: peft\n---\n\n# LoRA adapter, {recipe.preset} preset of dolly_lora\n
-Trained on {recipe.dataset} for {s["epochs"]:g} epochs ({s["steps"]} steps of {recipe.batch_size} examples), rank {recipe.lora_r}, alpha {recipe.lora_alpha}, seed {recipe.seed}.
-Validation loss {s["first_validation_loss"]:.4f} before, {s["best_validation_loss"]:.4f} at step {s["best_step"]}, whose weights these are.\n
-Load it with `PeftModel.from_pretrained(base_model, "adapter")`. Prompts: `### Instruction:`, optional `### Context:`, `### Response:`, as in 01_data.\n
-Licences: databricks-dolly-15k is CC BY-SA 3.0; LLaMA-2 has the Llama 2 community licence; SmolLM2 is Apache-2.0.\n"""
 
 # %% ../nbs/02_train.ipynb #60a1e007
 def plot_history(

@@ -54,7 +54,8 @@ def test_same_recipe_same_history(tiny_run, tmp_path):
 
 def test_mistakes_are_one_line_and_exit_2(tmp_path, tiny_run):
     calls = [("run", "smolm2"), ("run", "tiny", "--set", "epoch=1"), ("run", "tiny", "--set", "epochs=many"), ("run", "tiny", "--set", "batch_size=5"), ("run", "tiny", "--dataset", "no/such.jsonl"),
-             ("run", "tiny", "--set", "alpaca=nowhere.json"), ("run", "tiny", "--set", "base=./nowhere"), ("run", "tiny", "--run-dir", tiny_run[0], "--set", "seed=7"), ("chat", "--run-dir", tmp_path), ("report", "--run-dir", tmp_path)]
+             ("run", "tiny", "--set", "alpaca=nowhere.json"), ("run", "tiny", "--set", "base=./nowhere"), ("run", "tiny", "--set", "optimizer=adamw"), ("run", "tiny", "--dataset", tmp_path / "broken.jsonl"), ("run", "tiny", "--run-dir", tiny_run[0], "--set", "seed=7"), ("chat", "--run-dir", tmp_path), ("report", "--run-dir", tmp_path)]
+    (tmp_path / "broken.jsonl").write_text("{")
     for call in calls:
         start, done = time.time(), cli(*call)
         assert done.returncode == 2 and done.stderr.startswith("dolly-lora: ") and done.stderr.count("\n") == 1 and "==" not in done.stdout, (call, done.stdout, done.stderr)
@@ -79,13 +80,14 @@ def test_chat_batch(tiny_run, tmp_path):
         done = cli("chat", "--run-dir", tiny_run[0], "--batch", tmp_path / "q.txt", *flags)
         rows = [json.loads(line) for line in done.stdout.splitlines()]
         assert done.returncode == 0 and [r["instruction"] for r in rows] == ["Name a prime.", "Say <b>hi</b>"], done.stderr
-        answers[flags] = [r["output"][:20] for r in rows]
+        answers[flags] = [r["output"][:8] for r in rows]
     assert answers[("--no-lora",)] == answers[("--base", "tiny")] != answers[()]
 
 
 def test_chat_in_the_terminal(tiny_run):
     done = cli("chat", "--run-dir", tiny_run[0], input="Name a prime.\n/clear\n/quit\n")
-    assert done.returncode == 0 and "/quit leaves" in done.stdout and len(done.stdout) > 60
+    assert done.returncode == 0 and "/quit leaves" in done.stdout
+    assert done.stdout.split("> ", 1)[1].split("\n")[0].strip()      # something was answered
 
 
 def test_doctor():

@@ -27,12 +27,12 @@ def test_whole_of_dolly(shared):
     assert counts["exact_duplicates"] == 15 and counts["empty_responses"] == 0 and counts["kept"] == len(kept)
     splits = split(kept, Recipe())
     assert split(clean(records.shuffle(seed=3))[0], Recipe()) == splits
-    prompts = [{(normalise(r["instruction"]), normalise(r["context"])) for r in rows} for rows in splits.values()]
+    prompts = [{normalise(r["context"] or r["instruction"]) for r in rows} for rows in splits.values()]   # no passage on two sides
     assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
     for name, fraction in (("train", 0.8), ("val", 0.1), ("test", 0.1)):
         assert abs(len(splits[name]) - fraction * len(kept)) < 10
         for category, n in collections.Counter(r["category"] for r in kept).items():
-            assert abs(sum(r["category"] == category for r in splits[name]) - fraction * n) <= 4
+            assert abs(sum(r["category"] == category for r in splits[name]) / n - fraction) < 0.005
     again = split(kept, Recipe(seed=7))
     assert again["test"] != splits["test"]
 

@@ -50,12 +50,12 @@ def test_carries_the_outputs_of_a_demo_run(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_every_export_is_followed_by_something_shown(path):
+def test_every_public_definition_is_used_in_a_later_cell(path):
     code = [source(c) for c in cells(path)]
-    for here, after in zip(code, code[1:] + [""]):
-        if re.match(r"#\|\s*exports?\b", here) and re.search(r"^(def|class|@)", here, re.M):
-            assert after and not (re.match(r"#\|\s*exports?\b", after) and re.search(r"^(def|class|@)", after, re.M)), here.splitlines()[1]
-        assert len([l for l in here.splitlines() if l.strip()]) <= 45
+    for i, here in enumerate(code):
+        if re.match(r"#\|\s*exports?\b", here):
+            for name in re.findall(r"^(?:def|class) ([A-Za-z]\w*)", here, re.M):
+                assert any(re.search(rf"\b{name}\b", later) for later in code[i + 1:]), f"{name} is never shown"
 
 
 def test_sync_leaves_no_difference(tmp_path):

@@ -45,7 +45,8 @@ def test_killed_and_started_again(whole, tmp_path):
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "adapter").exists() and last_checkpoint(tmp_path).name == "checkpoint-4"
     history = train(RECIPE, tmp_path, log=lambda line: None)
     assert history["summary"]["resumed_from"] == 4 and same(history, whole[1])
-    assert history["summary"]["train_seconds"] > history["log"][3]["train_s"] > 0          # the clock goes on
+    clock = [r["train_s"] for r in history["log"]]
+    assert clock == sorted(clock) and clock[0] > 0 and history["summary"]["train_seconds"] >= clock[-1]      # it goes on, and does not start again
     a, b = (load_file(f / "adapter/adapter_model.safetensors") for f in (tmp_path, whole[0]))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -86,6 +87,6 @@ def test_adapter_loads_with_plain_peft(whole):
     from dolly_lora.models import load_tuned, tiny_model
     x = torch.arange(3, 40)[None]
     plain = PeftModel.from_pretrained(tiny_model(), whole[0] / "adapter").eval()
-    assert torch.equal(plain(x).logits, load_tuned(RECIPE, whole[0])(x).logits)
+    torch.testing.assert_close(plain(x).logits, load_tuned(RECIPE, whole[0])(x).logits, rtol=1e-5, atol=1e-6)
     with plain.disable_adapter():
         assert torch.equal(plain(x).logits, tiny_model().eval()(x).logits)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def clean(output):
     """One output as it may be committed, or None."""
     if output.output_type == "stream":
+        output.text = output.text.replace(f"{ROOT}/", "")
         return output if output.name == "stdout" else None
     data = output.get("data", {})
     if "application/vnd.jupyter.widget-view+json" in data:
@@ -29,12 +30,23 @@ def clean(output):
     return output
 
 
+def join(outputs):
+    """Neighbouring pieces of printed text as one."""
+    joined = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream":
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
+
+
 def refresh(target, executed):
     """Copy the outputs of `executed` into the notebook at `target`, cell by cell."""
-    notebook, by_id = nbformat.read(target, 4), {c.id: c for c in executed.cells}
+    notebook, done = nbformat.read(target, 4), {c.source: c for c in executed.cells if c.cell_type == "code"}
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [o for o in map(clean, by_id[cell.id].outputs) if o]
+            cell.outputs = join(o for o in map(clean, done[cell.source].outputs if cell.source in done else []) if o)
     nbformat.write(notebook, target)
 
 
