@@ -4,7 +4,7 @@
 
 # %% ../nbs/04_chat.ipynb #1f120d46
 from __future__ import annotations
-import contextlib, html, threading
+import contextlib, html, threading, warnings
 from .data import build_conversation
 
 # %% auto #0
@@ -106,7 +106,10 @@ class ChatUI(_Window):
     def __init__(self, chat: Chat): # the conversation to show
         super().__init__()
         self.chat, self.busy = chat, threading.Lock()
-        self.text.on_submit(self._ask); self.send.on_click(self._ask); self.clear.on_click(self._clear)
+        self.send.on_click(self._ask); self.clear.on_click(self._clear)
+        with warnings.catch_warnings():  # deprecated in ipywidgets 8, whose substitute also fires when the field merely loses the focus
+            warnings.simplefilter("ignore")
+            self.text.on_submit(self._ask)
 
     def _ask(self, _):
         question = self.text.value.strip()
