@@ -97,6 +97,7 @@ def _package(need):
     fine = have is not None and need.specifier.contains(have, prereleases=True)
     return need.name, fine, have if fine else f"{have or 'missing'}: pip install '{need}'"
 
+# %% ../nbs/06_cli.ipynb #a9fdea4c
 def doctor() -> list[tuple[str, bool, str]]: # (what, fine, remark with the remedy)
     "What this machine can run, and what is missing."
     rows = [_package(Requirement(r)) for r in importlib.metadata.requires("dolly_lora") if "extra ==" not in r]
@@ -154,6 +155,7 @@ def chat(
         return 0
     return _talk(Chat(model, tokenizer, recipe.max_new_tokens), f"{recipe.base}{' with adapter ' + run_dir if lora and not base else ''}. /clear forgets, /quit leaves.")
 
+# %% ../nbs/06_cli.ipynb #a7a9302b
 def _talk(talk, greeting):
     print(greeting)
     while True:
@@ -189,6 +191,7 @@ def main(
     except DollyError as e: print(f"dolly-lora: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt: print("\ndolly-lora: interrupted; run the same command to resume", file=sys.stderr); return 130
 
+# %% ../nbs/06_cli.ipynb #131e0a2e
 def _dispatch(args):
     if args.command == "run": return run(args.preset, args.run_dir, shlex.join(args.set), args.dataset)
     if args.command == "chat": return chat(args.run_dir, args.batch, not args.no_lora, args.base)

@@ -80,6 +80,7 @@ def stored(
     if not Path(path).exists() or read_json(path)["key"] != key: write_json(path, dict(key=key, result=make()))
     return read_json(path)["result"]
 
+# %% ../nbs/03_eval.ipynb #62030a04
 def fitting(
     rows: list[dict], # records
     tokenizer,        # of the base model
@@ -88,6 +89,7 @@ def fitting(
     "A model is asked what it could have been trained on: prompts within `max_length` tokens."
     return [r for r, e in zip(rows, encode_all(rows, tokenizer, recipe.max_length)) if e["labels"][-1] != -100]
 
+# %% ../nbs/03_eval.ipynb #646191a8
 def answer_test(
     model, tokenizer,   # base or tuned
     rows: list[dict],   # test records

@@ -8,7 +8,7 @@ import types
 import torch
 
 # %% auto #0
-__all__ = ['LoRALinear', 'fuse_lora', 'FlatParameters', 'StepGraphs']
+__all__ = ['LoRALinear', 'fuse_lora', 'FlatParameters', 'causal_loss', 'StepGraphs']
 
 # %% ../nbs/02b_kernels.ipynb #33b38218
 class LoRALinear(torch.autograd.Function):
@@ -83,6 +83,19 @@ class FlatParameters:
         self.whole.grad = self.grad
 
 # %% ../nbs/02b_kernels.ipynb #01d4fe23
+def causal_loss(
+    model,     # PeftModel of a Llama
+    input_ids, # [rows, length], padded on the right
+    labels,    # [rows, length], -100 where nothing is learnt
+    items,     # number of labels in the whole step
+): # the labels' negative log-probabilities in nats, summed and divided by `items`
+    "The loss of a right-padded batch."
+    base, length = model.get_base_model(), input_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()[None, None]  # given whole, so that transformers does not look into the batch
+    logits = base.lm_head(base.model(input_ids=input_ids, attention_mask=causal, use_cache=False).last_hidden_state)
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum") / items
+
+# %% ../nbs/02b_kernels.ipynb #b8161025
 class StepGraphs:
     "Forward and backward of a padded batch as one CUDA graph for each padded length."
     def __init__(self,
@@ -93,25 +106,18 @@ class StepGraphs:
     ):
         self.model, self.flat, self.rows, self.multiple, self.graphs, self.pool = model, flat, rows, multiple, {}, torch.cuda.graph_pool_handle()
 
-    def loss(self, input_ids, labels, items):
-        "Sum of the labels' negative log-probabilities divided by `items`."
-        base, length = self.model.get_base_model(), input_ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()[None, None]  # given whole, so that transformers does not look into the batch
-        logits = base.lm_head(base.model(input_ids=input_ids, attention_mask=causal, use_cache=False).last_hidden_state)
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum") / items
-
-    def _record(self, length):
+    def _record(self, length): # one forward and backward pass of [rows, length], recorded
         ids = torch.zeros(self.rows, length, dtype=torch.long, device=self.model.device)
         labels, items = torch.full_like(ids, -100), torch.ones((), device=self.model.device)
         labels[:, -1] = 0
         random, before = torch.cuda.get_rng_state(), self.flat.grad.clone()
         stream = torch.cuda.Stream(); stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2): self.loss(ids, labels, items).backward()
+            for _ in range(2): causal_loss(self.model, ids, labels, items).backward()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            loss = self.loss(ids, labels, items); loss.backward()
+            loss = causal_loss(self.model, ids, labels, items); loss.backward()
         self.flat.grad.copy_(before); torch.cuda.set_rng_state(random)
         return graph, ids, labels, items, loss
 
