@@ -196,7 +196,7 @@ def _dispatch(args):
     if args.command == "run": return run(args.preset, args.run_dir, shlex.join(args.set), args.dataset)
     if args.command == "chat": return chat(args.run_dir, args.batch, not args.no_lora, args.base)
     if args.command == "doctor":
-        for what, fine, remark in doctor(): print(f"{'ok' if fine else '--'}  {what:14}{remark}")
+        for what, fine, remark in doctor(): print(f"{'ok' if fine else '--'}  {what:18}{remark}")
         return 0
     from dolly_lora.report import write_report
     run_dir = project_root() / args.run_dir

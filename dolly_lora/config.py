@@ -15,6 +15,7 @@ __all__ = ['PRESETS', 'EVALUATION', 'DollyError', 'ConfigError', 'Recipe', 'pars
 
 # %% ../nbs/00_config.ipynb #141ce964
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it regrets, at import, a kernel that nobody asked for
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")         # without a network it announces every retry; the one line that counts is ours
 
 # %% ../nbs/00_config.ipynb #e95c6ac6
 class DollyError(ValueError):
