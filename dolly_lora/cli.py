@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from .config import PRESETS, ConfigError, DollyError, Recipe, _suggest, load_run, project_root, read_json, resolve, short_path, start_run, write_json
 
 # %% auto #0
-__all__ = ['STAGES', 'notebooks', 'check_parameters', 'preflight', 'run', 'doctor', 'read_prompts', 'chat', 'main']
+__all__ = ['STAGES', 'notebooks', 'check_parameters', 'preflight', 'run', 'doctor', 'read_prompts', 'chat', 'measure', 'main']
 
 # %% ../nbs/06_cli.ipynb #e83f6335
 STAGES = ["01_data", "02_train", "03_eval", "04_chat", "05_report"]
@@ -170,11 +170,29 @@ def _talk(talk, greeting):
             print()
         except ValueError as e: print(e)
 
+# %% ../nbs/06_cli.ipynb #i4268490
+def measure(
+    preset: str,          # a key of `PRESETS`
+    base: str = "",       # another base model
+    peers: list[str] = (),# further keys of `bench.WAYS`
+    dataset: str = "",    # hub id, path or `sample`
+    overrides: str = "",  # "field=value field=value"
+    as_json: bool = False, # a JSON line for each way instead of a table
+) -> int: # exit status
+    "Measure a training step and print what came out."
+    recipe, _ = resolve(preset, "", dataset, overrides + (f" base={base}" if base else ""))
+    from dolly_lora.bench import bench
+    row = "{:14}{:>9}{:>10}{:>9}{:>8}{:>14}".format
+    head = iter([row("", "s/step", "tokens/s", "peak GiB", "MFU", "full recipe") + "\n"])
+    def show(r): print(json.dumps(r) if as_json else next(head, "") + row(r["name"], f"{r['s_per_step']:.3f}", f"{r['tok_per_s']:,.0f}", f"{r['peak_gib']:.1f}" if r["peak_gib"] else "-", f"{r['model_flops_utilisation']:.0%}", f"{r['full_recipe_min']:.1f} min"), flush=True)
+    bench(recipe, peers, log=show)
+    return 0
+
 # %% ../nbs/06_cli.ipynb #3ebc74ea
 def main(
     argv: list[str] | None = None, # default: the process's arguments
 ) -> int: # exit status: 0, 1 for a failed stage, 2 for a mistake in the call
-    "dolly-lora run | chat | doctor | report"
+    "dolly-lora run | chat | doctor | bench | report"
     parser = argparse.ArgumentParser(prog="dolly-lora", description="Instruction-tune a LLaMA with QLoRA on Dolly, evaluate it, chat with it.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("run", help="run all notebooks under papermill")
@@ -184,6 +202,11 @@ def main(
     p.add_argument("--run-dir", default="runs/demo"); p.add_argument("--no-lora", action="store_true", help="the base model alone")
     p.add_argument("--batch", default="", metavar="FILE", help="one prompt a line, or .jsonl; answers as JSON lines"); p.add_argument("--base", default="", help="another base model, without adapter")
     commands.add_parser("doctor", help="what this machine can run, what is missing")
+    p = commands.add_parser("bench", help="measure a training step: seconds, tokens, memory, utilisation")
+    p.add_argument("--preset", default="llama2", help=", ".join(PRESETS)); p.add_argument("--base", default="", help="another base: random-7b is LLaMA-2-7B's shape with random weights, on a GPU")
+    p.add_argument("--peer", nargs="+", default=[], metavar="WAY", help="measure other ways on the same records first: stock, padding-free, 'by hand', 'weights kept', speed, frugal")
+    p.add_argument("--dataset", default="", help="hub id, path or sample"); p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any field of the recipe")
+    p.add_argument("--json", action="store_true", help="a JSON line for each way")
     p = commands.add_parser("report", help="write the report of a finished run")
     p.add_argument("--run-dir", default="runs/demo"); p.add_argument("--out", default="", help="folder (default RUN_DIR/report)")
     args = parser.parse_args(argv)
@@ -198,6 +221,7 @@ def _dispatch(args):
     if args.command == "doctor":
         for what, fine, remark in doctor(): print(f"{'ok' if fine else '--'}  {what:18}{remark}")
         return 0
+    if args.command == "bench": return measure(args.preset, args.base, args.peer, args.dataset, shlex.join(args.set), args.json)
     from dolly_lora.report import write_report
     run_dir = project_root() / args.run_dir
     print(short_path(write_report(run_dir, project_root() / args.out if args.out else run_dir / "report")))

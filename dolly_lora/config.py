@@ -43,8 +43,7 @@ class Recipe:
     lora_alpha: int = 32                             # the update is scaled by lora_alpha / lora_r
     lora_dropout: float = 0.05                       # on the adapters' input
     batch_size: int = 16                             # examples an optimizer step
-    micro_batch_size: int = 4                        # examples a forward pass; the rest is accumulation
-    gradient_checkpointing: bool = True              # recompute activations: less memory, a third more work
+    memory: str = "auto"                             # `speed` keeps activations, `frugal` computes them again, `auto` takes what fits (02c_step)
     epochs: float = 3.0                              # passes over the training split
     max_steps: int = 0                               # stop after this many optimizer steps (0: as epochs say)
     learning_rate: float = 2e-4                      # peak, reached after warmup, then a cosine to zero
@@ -61,28 +60,27 @@ class Recipe:
     generation_batch_size: int = 16                  # prompts answered together
 
     def __post_init__(self):
-        if self.batch_size % self.micro_batch_size:
-            raise ConfigError(f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}: choose a divisor")
         if self.train_on not in ("response", "all"):
             raise ConfigError(f"train_on={self.train_on!r}: choose response or all")
+        if self.memory not in ("auto", "speed", "frugal"):
+            raise ConfigError(f"memory={self.memory!r}: choose auto, speed or frugal")
         if not (0 < self.val_fraction and 0 < self.test_fraction and self.val_fraction + self.test_fraction < 1):
             raise ConfigError(f"val_fraction={self.val_fraction}, test_fraction={self.test_fraction}: both above 0, their sum below 1")
         if not (0 <= self.lora_dropout < 1 and 0 <= self.warmup_ratio < 1 and self.weight_decay >= 0 and self.max_steps >= 0 and self.test_answers >= 0):
             raise ConfigError("lora_dropout and warmup_ratio lie in [0, 1); weight_decay, max_steps and test_answers are not negative")
-        for name in ("lora_alpha", "max_grad_norm", "max_length", "lora_r", "batch_size", "micro_batch_size", "epochs", "learning_rate", "eval_steps", "logging_steps", "max_new_tokens", "generation_batch_size"):
+        for name in ("lora_alpha", "max_grad_norm", "max_length", "lora_r", "batch_size", "epochs", "learning_rate", "eval_steps", "logging_steps", "max_new_tokens", "generation_batch_size"):
             if not 0 < getattr(self, name) < float("inf"): raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
 
 # %% ../nbs/00_config.ipynb #535116a3
-_smollm2 = dict(base="smollm2", revision="", gradient_checkpointing=False)
-_small = dict(dataset="sample", load_in_4bit=False, micro_batch_size=1, epochs=1.0, learning_rate=1e-3, logging_steps=1)
+_smollm2 = dict(base="smollm2", revision="")
+_small = dict(dataset="sample", load_in_4bit=False, epochs=1.0, learning_rate=1e-3, logging_steps=1)
 
 PRESETS = {r.preset: r for r in (  # name -> Recipe
-    Recipe(**_small | dict(preset="tiny", base="tiny", revision="", gradient_checkpointing=False, max_length=256, micro_batch_size=8, max_steps=6, eval_steps=3,
-                           test_answers=4, max_new_tokens=8)),
+    Recipe(**_small | dict(preset="tiny", base="tiny", revision="", max_length=256, max_steps=6, eval_steps=3, test_answers=4, max_new_tokens=8)),
     Recipe(**_small | _smollm2 | dict(preset="demo", max_length=512, max_steps=8, eval_steps=4, max_new_tokens=64)),
-    Recipe(**_smollm2 | dict(preset="smollm2", micro_batch_size=16, max_new_tokens=256, generation_batch_size=768)),
+    Recipe(**_smollm2 | dict(preset="smollm2", max_new_tokens=256, generation_batch_size=768)),
     Recipe(preset="llama2"),
-    Recipe(preset="llama2-t4", micro_batch_size=1, max_length=512, eval_steps=100, test_answers=200, max_new_tokens=256, generation_batch_size=4))}
+    Recipe(preset="llama2-t4", max_length=512, eval_steps=100, test_answers=200, max_new_tokens=256, generation_batch_size=4))}
 
 # %% ../nbs/00_config.ipynb #cc7af6ab
 def parse_overrides(
@@ -147,7 +145,7 @@ def write_text(
 ):
     "Publish a text file atomically: a reader sees the old one or the new one, never half."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # a name of its own: under torchrun two processes write the same file
     with open(part, "w", encoding="utf-8") as f:
         f.write(text); f.flush(); os.fsync(f.fileno())
     os.replace(part, path)
@@ -178,7 +176,7 @@ def environment() -> dict: # python, packages, gpu (name and memory in GiB, or N
                 gpu=gpu and dict(name=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1)), commit=commit or os.environ.get("DOLLY_LORA_COMMIT"))
 
 # %% ../nbs/00_config.ipynb #c29f97df
-EVALUATION = {"test_answers", "alpaca", "mtbench", "max_new_tokens", "generation_batch_size"}  # fields that training does not depend on
+EVALUATION = {"test_answers", "alpaca", "mtbench", "max_new_tokens", "generation_batch_size", "memory"}  # fields that what is learnt does not depend on
 
 def start_run(
     recipe: Recipe, # what to run

@@ -7,13 +7,12 @@ from __future__ import annotations
 import contextlib, importlib.util, io, os, tempfile
 from pathlib import Path
 import torch, transformers
-from .kernels import fuse_lora
-from .config import DollyError, Recipe, project_root, sample_path, short_path
+from .config import PRESETS, DollyError, Recipe, project_root, sample_path, short_path
 
 # %% auto #0
 __all__ = ['TARGET_MODULES', 'ModelError', 'compute_dtype', 'device', 'quantization_config', 'tiny_tokenizer', 'tiny_model',
-           'packaged_smollm2', 'locate_base', 'load_tokenizer', 'load_base', 'lora_parameter_count', 'add_lora',
-           'load_tuned']
+           'packaged_smollm2', 'locate_base', 'load_tokenizer', 'load_base', 'random_7b', 'lora_parameter_count',
+           'add_lora', 'keep_small_weights', 'load_tuned']
 
 # %% ../nbs/00a_models.ipynb #ee596d21
 transformers.utils.logging.disable_progress_bar()  # a bar a file is noise in a notebook that people read
@@ -109,6 +108,7 @@ def load_tokenizer(
 ): # a fast tokenizer with an end token and a different pad token, padding on the left
     "The base model's tokenizer, with a pad token that is not the end token."
     from transformers import AutoTokenizer
+    if recipe.base == "random-7b": _want_gpu(); recipe = PRESETS["llama2"]
     tok = tiny_tokenizer() if recipe.base == "tiny" else AutoTokenizer.from_pretrained(locate_base(recipe), revision=recipe.revision or None)
     if tok.pad_token_id is None or tok.pad_token_id == tok.eos_token_id: tok.pad_token = tok.unk_token
     if tok.pad_token_id is None or tok.pad_token_id == tok.eos_token_id:
@@ -122,8 +122,32 @@ def load_base(
     "The frozen base model."
     from transformers import AutoModelForCausalLM
     if recipe.base == "tiny": return tiny_model().to(device()).eval()
+    if recipe.base == "random-7b": return random_7b()
     four = dict(quantization_config=quantization_config()) if recipe.load_in_4bit and torch.cuda.is_available() else {}
     return AutoModelForCausalLM.from_pretrained(locate_base(recipe), revision=recipe.revision or None, dtype=compute_dtype(), device_map={"": device()}, trust_remote_code=False, **four).eval()
+
+# %% ../nbs/00a_models.ipynb #i1668190
+def random_7b(): # LlamaForCausalLM in NF4 on the GPU; `ModelError` without one
+    "LLaMA-2-7B's shape with random weights."
+    import bitsandbytes as bnb
+    from transformers import LlamaConfig, LlamaForCausalLM
+    _want_gpu()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(compute_dtype())
+    try:
+        with torch.device(device()): model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=4096))
+    finally: torch.set_default_dtype(before)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device())   # its frequencies in float32, as a loaded model has them
+    for name, linear in [(n, m) for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)]:
+        packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype(), quant_type="nf4", compress_statistics=True, device="meta")
+        packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=packed)
+        model.model.set_submodule(name, packed.to(device()))
+        linear.weight = None
+    model.is_loaded_in_4bit = True
+    return model.requires_grad_(False).eval()
+
+def _want_gpu():
+    if not torch.cuda.is_available(): raise ModelError("random-7b wants a GPU: use base=tiny or base=smollm2 on a CPU")
 
 # %% ../nbs/00a_models.ipynb #b05b0d55
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -147,6 +171,21 @@ def add_lora(
     torch.manual_seed(recipe.seed)
     return get_peft_model(model, LoraConfig(r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=TARGET_MODULES, task_type="CAUSAL_LM"))
 
+# %% ../nbs/00a_models.ipynb #i7887494
+def keep_small_weights(
+    model, # PeftModel, perhaps on an NF4 base
+): # the same model
+    "Dequantise the linears under the adapters once, if that takes no more than 1 GiB."
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora import LoraLayer
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and hasattr(m.get_base_layer().weight, "quant_state")]
+    if sum(m.in_features * m.out_features * 2 for m in layers) > 2**30: return model
+    for m in layers:
+        packed = m.get_base_layer().weight
+        m.base_layer = torch.nn.Linear(m.in_features, m.out_features, bias=False, device="meta")
+        m.base_layer.weight = torch.nn.Parameter(dequantize_4bit(packed.data, packed.quant_state), requires_grad=False)
+    return model
+
 # %% ../nbs/00a_models.ipynb #0156c68a
 def load_tuned(
     recipe: Recipe, # of the run
@@ -157,4 +196,4 @@ def load_tuned(
     folder = Path(run_dir) / "adapter"
     if not (folder / "adapter_config.json").exists():
         raise ModelError(f"no adapter in {short_path(folder)}: train one first with 02_train or `dolly-lora run {recipe.preset}`")
-    return fuse_lora(PeftModel.from_pretrained(load_base(recipe), folder).eval(), large=False)
+    return keep_small_weights(PeftModel.from_pretrained(load_base(recipe), folder).eval())

@@ -11,65 +11,78 @@ from pathlib import Path
 import torch, transformers
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
-from .config import DollyError, Recipe, environment, read_json, save_fig, start_run, write_json, write_text
+from .config import ConfigError, DollyError, Recipe, environment, read_json, save_fig, start_run, write_json, write_text
 from .data import encode_split, prepare_data
-from .kernels import FlatParameters, StepGraphs, fuse_lora
+from .packing import has_varlen, pack, plot_padding, share_out
+from .step import make_engine
 from .models import add_lora, compute_dtype, load_base, load_tokenizer, load_tuned, lora_parameter_count
 
 # %% auto #0
-__all__ = ['DollyTrainer', 'Progress', 'training_arguments', 'last_checkpoint', 'summarise', 'model_card', 'train',
+__all__ = ['DollyTrainer', 'collate', 'Progress', 'training_arguments', 'last_checkpoint', 'summarise', 'model_card', 'train',
            'plot_history']
 
 # %% ../nbs/02_train.ipynb #37b026c2
 class DollyTrainer(SFTTrainer):
-    "SFTTrainer with a token-weighted validation loss, one flat update, and steps replayed as CUDA graphs where `use_graphs` says so."
-    use_graphs, graphs = False, None
+    "SFTTrainer whose steps and validations are computed by an engine, see `make_engine`."
+    engine = None
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            self.flat = FlatParameters(self.model)
             make, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = make([{"params": [self.flat.whole], "weight_decay": self.args.weight_decay}], **kwargs)
+            self.optimizer = make([{"params": [self.engine.flat.whole], "weight_decay": self.args.weight_decay}], **kwargs)
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.flat.attach()
-        if not self.use_graphs: return super().training_step(model, inputs, num_items_in_batch)
-        self.graphs = self.graphs or StepGraphs(self.model, self.flat, self.args.per_device_train_batch_size)
-        model.train()
-        inputs = self._prepare_inputs(inputs)
-        return self.graphs(inputs["input_ids"], inputs["labels"], num_items_in_batch)
+        world, scaler, flat = self.args.world_size, self.accelerator.scaler, self.engine.flat
+        items = self._summed(sum((r.targets != -100).sum() for r in inputs["rows"]))
+        one = torch.ones((), device=flat.whole.device)
+        scale = scaler.scale(one) if scaler else one   # fp16 alone: gradients are kept large while they are computed
+        seed = ((self.args.seed * 10**6 + self.state.global_step) * world + self.args.process_index) * 64
+        flat.start()
+        loss = sum(self.engine.step(row, items / scale, seed + i) for i, row in enumerate(inputs["rows"]))
+        if world > 1: torch.distributed.all_reduce(flat.grad)
+        return loss / scale * world                    # the Trainer averages over processes
 
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+        rows = [(self.engine.loss(r, 1), (r.targets != -100).sum()) for batch in dataloader for r in batch["rows"]]
+        nll, tokens = (self._summed(sum(column)) for column in zip(*rows))
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": float(nll / tokens)}, len(dataloader.dataset))
+
+    def _summed(self, x): # over all processes
+        x = x.to(self.engine.flat.whole.device)
+        if self.args.world_size > 1: torch.distributed.all_reduce(x)
+        return x
+
+    def _clip_grad_norm(self, model): return self.accelerator.clip_grad_norm_([self.engine.flat.whole], self.args.max_grad_norm)
+    def floating_point_ops(self, inputs): return 0
     def create_model_card(self, *args, **kwargs): pass
 
-    def evaluation_loop(self, *args, **kwargs):
-        self._nll = self._labels = 0
-        out = super().evaluation_loop(*args, **kwargs)
-        out.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = float(self._nll / self._labels)
-        return out
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        n = (inputs["labels"][:, 1:] != -100).sum().to(loss.device)
-        self._nll, self._labels = self._nll + loss * n, self._labels + n
-        return loss, logits, labels
+# %% ../nbs/02_train.ipynb #i6876947
+def collate(
+    examples: list[dict], # input_ids and labels of a step, or of a batch of the validation split
+    token_budget: int,    # tokens of a row
+) -> dict[str, list]: # rows
+    "The rows of a batch."
+    return dict(rows=[pack([examples[i] for i in r]) for r in share_out([len(e["input_ids"]) for e in examples], token_budget)])
 
 # %% ../nbs/02_train.ipynb #5bfff79b
 class Progress(TrainerCallback):
     "Times the steps, prints the live loss, validates at the end."
-    def __init__(self, log): self.log, self.step_s = log, 0.0
+    def __init__(self, log): self.log, self.step_s, self.since = log, 0.0, None
 
     def on_train_begin(self, args, state, control, **kwargs):
         done = [r for r in state.log_history if "train_s" in r]
         self.step_s = done[-1]["train_s"] if done else 0.0
 
-    def on_step_begin(self, args, state, control, **kwargs): self.began = time.perf_counter()
+    def on_step_begin(self, args, state, control, **kwargs): self.since = self.since or time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available(): torch.cuda.synchronize()
-        self.step_s += time.perf_counter() - self.began
+    def on_step_end(self, args, state, control, **kwargs): # the clock stands still while we log, validate and save
         if state.global_step >= state.max_steps: control.should_evaluate = control.should_save = True
+        if not (control.should_log or control.should_evaluate or control.should_save): return
+        if torch.cuda.is_available(): torch.cuda.synchronize()
+        self.step_s, self.since = self.step_s + time.perf_counter() - self.since, None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         row = state.log_history[-1]
@@ -88,13 +101,13 @@ def training_arguments(
     resuming: bool,  # a resumed run has already been validated at its start
 ) -> SFTConfig:
     "The recipe as TRL's arguments."
-    dtype, cuda = compute_dtype(), torch.cuda.is_available()
+    dtype, cuda, world = compute_dtype(), torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
+    if recipe.batch_size % world: raise ConfigError(f"batch_size={recipe.batch_size} cannot be shared by {world} processes: choose a multiple")
     return SFTConfig(
-        output_dir=str(Path(run_dir) / "checkpoints"), per_device_train_batch_size=recipe.micro_batch_size, per_device_eval_batch_size=4 * recipe.micro_batch_size,
-        gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size, num_train_epochs=recipe.epochs, max_steps=recipe.max_steps or -1,
+        output_dir=str(Path(run_dir) / "checkpoints"), per_device_train_batch_size=recipe.batch_size // world, per_device_eval_batch_size=64, remove_unused_columns=False,
+        gradient_accumulation_steps=1, gradient_checkpointing=False, num_train_epochs=recipe.epochs, max_steps=recipe.max_steps or -1,
         learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", warmup_steps=recipe.warmup_ratio, weight_decay=recipe.weight_decay, max_grad_norm=recipe.max_grad_norm,
         optim=recipe.optimizer if cuda else "adamw_torch", bf16=False, fp16=dtype == torch.float16,  # a bf16 model needs no autocast
-        gradient_checkpointing=recipe.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps", eval_steps=recipe.eval_steps, eval_on_start=not resuming, save_strategy="steps", save_steps=recipe.eval_steps, save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, logging_steps=recipe.logging_steps, logging_nan_inf_filter=False,
         seed=recipe.seed, data_seed=recipe.seed, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=cuda,
@@ -160,14 +173,16 @@ def train(
     data = {name: encode_split(splits[name], tokenizer, recipe) for name in ("train", "val")}
     for name, (rows, _) in data.items():
         if not len(rows): raise DollyError(f"no {name} example has room for a response within {recipe.max_length} tokens: set a larger max_length")
-    micro = recipe.micro_batch_size
+    now, shrink = recipe, 1
     while True:
-        try: trainer, facts = _fit(replace(recipe, micro_batch_size=micro), run_dir, tokenizer, data, log); break
-        except torch.OutOfMemoryError:
-            if micro == 1: raise DollyError(f"out of GPU memory with one example of {recipe.max_length} tokens: set a smaller max_length or gradient_checkpointing=true") from None
-        gc.collect(); torch.cuda.empty_cache(); micro //= 2
-        log(f"out of memory: {micro} examples a forward pass from here, still {recipe.batch_size} a step")
-    history = summarise(trainer, data["train"][1], facts | {"micro_batch_size": micro})
+        try: trainer, facts = _fit(now, run_dir, tokenizer, data, log, shrink); break
+        except torch.OutOfMemoryError: pass
+        gc.collect(); torch.cuda.empty_cache()
+        if now.memory == "auto": now = replace(now, memory="frugal")
+        elif shrink < 16: shrink *= 2
+        else: raise DollyError(f"out of GPU memory with rows of one example: set memory=frugal or a max_length below {recipe.max_length}")
+        log(f"out of memory: {'activations are computed again' if shrink == 1 else f'rows are cut to 1/{shrink}'} from here, still {recipe.batch_size} examples a step")
+    history = summarise(trainer, data["train"][1], facts)
     trainer.save_model(str(Path(run_dir) / "adapter"))
     write_json(path, history)
     write_text(Path(run_dir) / "adapter" / "README.md", model_card(recipe, history))  # last: the run is complete
@@ -175,26 +190,30 @@ def train(
     return history
 
 # %% ../nbs/02_train.ipynb #f99b9192
-def _fit(recipe, run_dir, tokenizer, data, log):
+def _fit(recipe, run_dir, tokenizer, data, log, shrink):
     "One attempt: build model and trainer, resume or start, train to the end."
     resume = last_checkpoint(run_dir)
     _check_disk(run_dir)
-    model = fuse_lora(add_lora(load_base(recipe), recipe))
+    model = add_lora(load_base(recipe), recipe)
     model.config.use_cache = False
     args = training_arguments(recipe, run_dir, resume is not None)
     if "LOCAL_RANK" not in os.environ and args.n_gpu > 1: args._n_gpu = 1  # one process, one card, whatever else is in the machine
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    trainer = DollyTrainer(model=model, args=args, processing_class=tokenizer,
-                           train_dataset=data["train"][0], eval_dataset=data["val"][0], callbacks=[Progress(log)])
+    trainer = DollyTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=data["train"][0], eval_dataset=data["val"][0], callbacks=[Progress(log)],
+                           data_collator=lambda examples: collate(examples, trainer.engine.plan.token_budget))
     trainer.remove_callback(transformers.PrinterCallback)
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
-    trainer.use_graphs = compute_dtype() == torch.bfloat16 and not recipe.gradient_checkpointing and trainer.args.world_size == 1
+    engine = trainer.engine = make_engine(model, recipe)
+    engine.plan = replace(engine.plan, token_budget=engine.plan.token_budget // shrink)
+    log(f"{engine.plan}; {type(engine).__name__}, attention {'over whole rows (varlen)' if has_varlen(model.device, model.dtype) else 'example by example (sdpa)'}")
     if resume: log(f"resuming from {resume.name}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainer, dict(peak_memory_gib=peak / 2**30, trainable_parameters=trainable, resumed_from=resume and int(resume.name.split("-")[1]))
+    graphs = getattr(engine, "graphs", None)
+    return trainer, dict(peak_memory_gib=peak / 2**30, trainable_parameters=trainable, resumed_from=resume and int(resume.name.split("-")[1]), engine=type(engine).__name__, memory=str(engine.plan),
+                         token_budget=engine.plan.token_budget, graphs=len(graphs.graphs) if graphs else 0, graph_seconds=graphs.seconds if graphs else 0.0)
 
 def _check_disk(run_dir, need=2 * 2**30):
     free = shutil.disk_usage(run_dir).free

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from dolly_lora.config import PRESETS
-from dolly_lora.train import DollyTrainer, last_checkpoint, train
+from dolly_lora.config import PRESETS, DollyError
+from dolly_lora.step import FusedLlama
+from dolly_lora.train import last_checkpoint, train
 
 RECIPE = replace(PRESETS["tiny"], max_steps=12, eval_steps=4)
 TRAIN = "import sys; from dataclasses import replace; from dolly_lora.config import PRESETS; from dolly_lora.train import train; train(replace(PRESETS['tiny'], max_steps=12, eval_steps=4), sys.argv[1], log=lambda l: print(l, flush=True))"
@@ -61,16 +62,18 @@ def test_damaged_checkpoint_is_passed_over(whole, tmp_path):
         assert last_checkpoint(folder) not in (None, newest), damage
 
 
-def test_out_of_memory_halves_the_forward_pass(tmp_path):
-    real, lines = DollyTrainer.training_step, []
+def test_out_of_memory_shortens_the_rows(whole, tmp_path):
+    real, lines = FusedLlama.step, []
 
-    def step(self, model, inputs, *args, **kwargs):
-        if inputs["input_ids"].shape[0] > 2: raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, model, inputs, *args, **kwargs)
-    with patch.object(DollyTrainer, "training_step", step):
-        history = train(replace(PRESETS["tiny"], max_steps=2), tmp_path, log=lines.append)
-    assert history["summary"]["micro_batch_size"] == 2 and history["summary"]["steps"] == 2
-    assert [l for l in lines if "out of memory" in l] == ["out of memory: 4 examples a forward pass from here, still 16 a step", "out of memory: 2 examples a forward pass from here, still 16 a step"]
+    def step(self, row, *args):
+        if len(row.input_ids) > 600: raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, row, *args)
+    with patch.object(FusedLlama, "step", step):
+        history = train(replace(RECIPE, max_steps=2), tmp_path, log=lines.append)
+    assert history["summary"]["token_budget"] == 512 and history["summary"]["steps"] == 2
+    assert [l for l in lines if "out of memory" in l] == ["out of memory: activations are computed again from here, still 16 examples a step", "out of memory: rows are cut to 1/2 from here, still 16 examples a step"]
+    with patch.object(FusedLlama, "step", side_effect=torch.OutOfMemoryError), pytest.raises(DollyError, match="out of GPU memory with rows of one example"):
+        train(replace(RECIPE, max_steps=2), tmp_path / "never", log=lines.append)
 
 
 def test_validation_loss_is_weighted_by_tokens(whole):
