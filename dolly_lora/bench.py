@@ -12,11 +12,12 @@ from transformers import PrinterCallback, TrainerCallback
 from .data import clean, encode_split, load_dolly, split
 from .models import add_lora, compute_dtype, load_base, load_tokenizer
 from .packing import PackedModel
+from .report import MODELS
 from .step import FlatParameters, FusedLlama, Plan, make_engine, plan_memory
 from .train import DollyTrainer, collate, training_arguments
 
 # %% auto #0
-__all__ = ['WAYS', 'MODELS', 'step_flops', 'matrix_rate', 'kernel_kind', 'measure', 'bench']
+__all__ = ['WAYS', 'step_flops', 'matrix_rate', 'kernel_kind', 'measure', 'bench']
 
 # %% ../nbs/02d_bench.ipynb #02d005
 def step_flops(
@@ -66,7 +67,7 @@ def _trainer(way, recipe, folder, data):
         from peft import prepare_model_for_kbit_training
         from trl import SFTTrainer
         args = replace(args, per_device_train_batch_size=recipe.batch_size // 4, gradient_accumulation_steps=4, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
-                       bf16=compute_dtype() == torch.bfloat16)
+                       bf16=compute_dtype() == torch.bfloat16, optim="paged_adamw_8bit" if torch.cuda.is_available() else args.optim)
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
         return SFTTrainer(model=add_lora(base, recipe), args=args, processing_class=tokenizer, train_dataset=data)
     trainer = DollyTrainer(model=add_lora(base, recipe), args=args, processing_class=tokenizer, train_dataset=data, data_collator=lambda e: collate(e, trainer.engine.plan.token_budget))
@@ -91,7 +92,7 @@ class _Clock(TrainerCallback):
                 self.peak, self.profiler = torch.cuda.max_memory_allocated() / 2**30, profile(activities=[ProfilerActivity.CUDA]); self.profiler.start()
         elif state.global_step == state.max_steps and self.profiler: self.profiler.stop()
 
-_KINDS = [("NF4 to bf16", r"dequant"), ("optimizer", r"[Oo]ptimizer|adam"), ("attention", r"flash|fmha|attention|softmax_warp"), ("LoRA", r"^_down|^_up|^_outer|^_accumulate"), ("matrix products", r"nvjet|gemm|cutlass|splitK|gemv|kernel2"), ("element-wise and the rest", r"")]
+_KINDS = [("NF4 to bf16", r"[Dd]equant"), ("optimizer", r"[Oo]ptimizer|adam"), ("attention", r"flash|fmha|attention|softmax_warp"), ("LoRA", r"^_down|^_up|^_outer|^_accumulate"), ("matrix products", r"nvjet|gemm|cutlass|splitK|gemv|kernel2"), ("element-wise and the rest", r"")]
 
 def kernel_kind(
     name: str, # of a CUDA kernel
@@ -127,8 +128,6 @@ def measure(
                 full_recipe_min=3 * 12009 / 16 * second / 60, graph_s=graphs.seconds if graphs else 0.0, floor_s=flops / rate, gpu_s=gpu)
 
 # %% ../nbs/02d_bench.ipynb #02d018
-MODELS = {"random-7b": "LLaMA-2-7B's shape", "smollm2": "SmolLM2-135M", "tiny": "the toy"}
-
 def bench(
     recipe: Recipe,          # a preset, perhaps with another `base` or `dataset`
     peers: list[str] = (),   # further keys of `WAYS`

@@ -50,7 +50,7 @@ class Recipe:
     warmup_ratio: float = 0.03                       # share of the steps
     weight_decay: float = 0.0                        # of AdamW
     max_grad_norm: float = 1.0                       # gradients are clipped to this norm
-    optimizer: str = "paged_adamw_8bit"              # on CUDA; a CPU uses adamw_torch
+    optimizer: str = "adamw_torch_fused"             # on CUDA; a CPU uses adamw_torch
     eval_steps: int = 500                            # steps between validations, each with a checkpoint
     logging_steps: int = 10                          # steps between log lines
     test_answers: int = 0                            # test prompts answered in 03_eval (0: all)

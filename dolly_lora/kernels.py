@@ -317,7 +317,7 @@ def _lora_up_triton(y, h, M, drop=None, sizes=None):
 def _lora_grad_triton(out, h, x, drop=None, sizes=None):
     (N, C), (G, key, factor, ends, how) = x.shape, _where(x, drop, sizes)
     R, BC, L = h.shape[1] // G, _block(sizes, 64), 1 if sizes else G
-    S = max(1, min(16, 512 // (_cdiv(C, BC) * L), _cdiv(N, 128)))
+    S = max(1, min(16, 1024 // (_cdiv(C, BC) * L), _cdiv(N, 128)))
     part = torch.empty(S, L * R, C, dtype=torch.float32, device=x.device)
     _outer[(_cdiv(C, BC), S, L)](part, h, x, *key, factor, N, C, *ends, x.stride(0), _cdiv(_cdiv(N, S), 32) * 32, R, G=G, **how, BT=32, BC=BC, BR=max(16, _pow2(R)), num_warps=4, num_stages=3)
     _accumulate[(_cdiv(C, 64), _cdiv(L * R, 16))](out, part, C, L * R, S, *out.stride(), BC=64, BR=16, T=out.stride(0) < out.stride(1))

@@ -49,8 +49,9 @@ class Row:
     bounds: torch.Tensor    # int32 [examples + 1]: example i is tokens bounds[i] to bounds[i + 1]
     lengths: list[int]      # tokens of each example
 
-    def to(self, device) -> Row: # a copy on that device
-        return Row(*(t.to(device, non_blocking=True) for t in (self.input_ids, self.targets, self.positions, self.bounds)), self.lengths)
+    def _each(self, f): return Row(*map(f, (self.input_ids, self.targets, self.positions, self.bounds)), self.lengths)
+    def to(self, device, non_blocking: bool = True) -> Row: return self._each(lambda t: t.to(device, non_blocking=non_blocking)) # on that device
+    def pin_memory(self) -> Row: return self._each(torch.Tensor.pin_memory) # what a DataLoader calls, so that copying to the card does not wait for the card
 
 def pack(
     examples: list[dict], # input_ids and labels of equal length, from `encode`

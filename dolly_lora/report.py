@@ -4,27 +4,28 @@
 
 # %% ../nbs/05_report.ipynb #d9a7aab9
 from __future__ import annotations
-import base64, re, shutil
+import base64, json, re, shutil
 from html import escape
 from pathlib import Path
-from .config import read_json, write_json, write_text
+from .config import read_json, save_fig, write_json, write_text
 
 # %% auto #0
 __all__ = ['MODELS', 'REFERENCES', 'STYLE', 'collect', 'section_summary', 'section_dataset', 'section_implementation',
-           'section_training', 'section_evaluation', 'section_hardware', 'section_discussion', 'report_markdown',
-           'write_report']
+           'section_training', 'section_evaluation', 'section_hardware', 'section_speed', 'section_discussion',
+           'report_markdown', 'write_report']
 
 # %% ../nbs/05_report.ipynb #67db016e
 def collect(
     run_dir: Path, # of a finished run; `DollyError` names the file that is missing
-) -> dict: # recipe, environment, data, tokens, training, evaluation, before_after, stages
+) -> dict: # recipe, environment, data, tokens, training, evaluation, before_after, stages, bench (rows of `dolly-lora bench --json`, if RUN_DIR/bench.jsonl is there)
     "Everything the report says, from the run's files."
     run_dir, run = Path(run_dir), read_json(Path(run_dir) / "recipe.json")
     history = read_json(run_dir / "training_history.json")
     stages = read_json(run_dir / "stages.json") if (run_dir / "stages.json").exists() else {}
+    bench = [json.loads(line) for line in (run_dir / "bench.jsonl").read_text(encoding="utf-8").splitlines()] if (run_dir / "bench.jsonl").exists() else []
     return dict(recipe=run["recipe"], environment=history["environment"], data=read_json(run_dir / "data" / "statistics.json"), tokens=read_json(run_dir / "data" / "tokens.json"),
                 training={k: history[k] for k in ("summary", "validation", "log")}, evaluation=read_json(run_dir / "metrics.json"),
-                before_after=read_json(run_dir / "before_after.json"), stages=stages)
+                before_after=read_json(run_dir / "before_after.json"), stages=stages, bench=bench)
 
 # %% ../nbs/05_report.ipynb #3e6d4ef1
 def _table(head, rows):
@@ -34,7 +35,7 @@ def _table(head, rows):
 
 def _figure(name, caption): return f"\n\n![{caption}](figures/{name}.svg)\n\n*{caption}*\n"
 
-MODELS = {"smollm2": "SmolLM2-135M-Instruct", "tiny": "a random two-layer Llama", "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B"}
+MODELS = {"smollm2": "SmolLM2-135M-Instruct", "tiny": "a random two-layer Llama", "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B", "random-7b": "LLaMA-2-7B's shape, random weights"}
 def _method(r): return "QLoRA" if r["recipe"]["load_in_4bit"] and r["environment"]["gpu"] else "LoRA"
 def _model(r): return MODELS.get(r["recipe"]["base"], r["recipe"]["base"])
 
@@ -71,9 +72,9 @@ def section_implementation(r: dict) -> str: # `r` from `collect`; Markdown
     p, gpu = r["recipe"], r["environment"]["gpu"]
     four = "4-bit NF4 with double quantisation" if p["load_in_4bit"] and gpu else "full precision (no GPU, or not asked for)"
     rows = [["base model", _model(r)], ["base weights", four], ["LoRA", f"rank {p['lora_r']}, alpha {p['lora_alpha']}, dropout {p['lora_dropout']}, on the seven linears of every block"],
-            ["loss", f"on the {p['train_on']}, end token included"], ["batch", f"{p['batch_size']} examples a step, {r['training']['summary']['micro_batch_size']} a forward pass"],
+            ["loss", f"on the {p['train_on']}, end token included"], ["batch", f"{p['batch_size']} whole examples a step, in rows without padding of up to {r['training']['summary']['token_budget']:,} tokens"],
             ["optimizer", f"{p['optimizer'] if gpu else 'adamw_torch'}, peak learning rate {p['learning_rate']:g}, {p['warmup_ratio']:.0%} warm-up, cosine to zero"],
-            ["length", f"cut at {p['max_length']} tokens"], ["checkpoints", f"every {p['eval_steps']} steps and at the end; best by validation loss"], ["gradient checkpointing", "yes" if p["gradient_checkpointing"] else "no"], ["seed", p["seed"]]]
+            ["length", f"cut at {p['max_length']} tokens"], ["checkpoints", f"every {p['eval_steps']} steps and at the end; best by validation loss"], ["memory", f"{p['memory']}: {r['training']['summary']['memory']}"], ["seed", p["seed"]]]
     return ("The frozen base model is loaded by transformers and bitsandbytes, PEFT adds the adapters, TRL's SFTTrainer trains them. One prompt template serves training, evaluation and chat. Validation loss is weighted by tokens, not by batches.\n\n"
             + _table(["", "setting"], rows))
 
@@ -110,6 +111,21 @@ def section_hardware(r: dict) -> str: # `r` from `collect`; Markdown
             *([f"stage {n}", f"{t / 60:.1f} min"] for n, t in r["stages"].items() if n != "05_report")]
     versions = ", ".join(f"{n} {v}" for n, v in env["packages"].items())
     return _table(["", ""], rows) + f"\n\nPython {env['python']}; {versions}" + (f"; commit {env['commit'][:12]}" if env["commit"] else "") + "."
+
+# %% ../nbs/05_report.ipynb #i4501469
+def section_speed(r: dict) -> str: # `r` from `collect`; Markdown
+    "Padding, the way a step was computed, and the ablation if it was measured."
+    s = r["training"]["summary"]
+    graphs = f" {s['graphs']} lengths of rows were recorded as CUDA graphs in {s['graph_seconds']:.0f} s (part of the time above)." if s["graphs"] else ""
+    text = (f"Padded four by four, a step would have computed {s['padding']:.2f} positions for each real token; rows without padding compute one. Engine: {s['engine']}; {s['memory']}.{graphs}\n" + _figure("padding", "What padding would have cost."))
+    for base in dict.fromkeys(b["base"] for b in r["bench"]):
+        rows = [b for b in r["bench"] if b["base"] == base]
+        best, first = min(rows, key=lambda b: b["s_per_step"]), rows[0]
+        text += (f"\n### {first['model']}: a step of 16 examples, several ways\n\nAll on the same records ({first['tokens_per_step']:,.0f} real tokens a step) and the same {first['device']}, in one run; its large matrix products reach {first['matrix_tflops']:.0f} TFLOP/s, "
+                 f"at which the arithmetic of a step takes {first['floor_s']:.3f} s. `{best['name']}` is {first['s_per_step'] / best['s_per_step']:.1f} times as fast as `{first['name']}`.\n\n"
+                 + _table(["", "s a step", "real tokens/s", "peak GiB", "utilisation", "full recipe"], [[b["name"], f"{b['s_per_step']:.3f}", round(b["tok_per_s"]), f"{b['peak_gib']:.1f}" if b["peak_gib"] else "", f"{b['model_flops_utilisation']:.0%}", f"{b['full_recipe_min']:.1f} min"] for b in rows])
+                 + _figure(f"ablation_{base}", "What a step's time goes into; *waiting* is a card with nothing to do. Utilisation counts the arithmetic of the recipe, not what a way computes twice."))
+    return text
 
 # %% ../nbs/05_report.ipynb #fd6d3ea8
 def section_discussion(r: dict) -> str: # `r` from `collect`; Markdown
@@ -155,7 +171,7 @@ def report_markdown(
 ) -> str: # the whole report
     "All sections in their order."
     sections = {"Dataset": section_dataset, "Implementation": section_implementation, "Training results": section_training, "Evaluation results": section_evaluation,
-                "Hardware and run time": section_hardware, "Discussion": section_discussion}
+                "Hardware and run time": section_hardware, "Speed": section_speed, "Discussion": section_discussion}
     body = "\n\n".join(f"## {title}\n\n{make(r)}" for title, make in sections.items())
     return f"# Instruction-tuning {_model(r)} with {_method(r)}\n\n{section_summary(r)}\n\n{body}\n\n## References\n\n{REFERENCES}"
 
@@ -167,6 +183,10 @@ def write_report(
     "Write the report of a run: one self-contained page, its figures, and every number in it."
     from markdown_it import MarkdownIt
     r, run_dir, report_dir = collect(run_dir), Path(run_dir), Path(report_dir)
+    for base in dict.fromkeys(b["base"] for b in r["bench"]):
+        from dolly_lora.kernels import plot_ablation
+        rows = [b for b in r["bench"] if b["base"] == base]
+        save_fig(plot_ablation(rows), run_dir, f"ablation_{base}", "Seconds a step, by what the card does: " + "; ".join(f"{b['name']} {b['s_per_step']:.3f}" for b in rows) + f". The arithmetic alone: {rows[0]['floor_s']:.3f}.")
     def embed(match):
         svg = run_dir / "figures" / match[1]
         alt = escape(svg.with_suffix(".txt").read_text(encoding="utf-8").strip(), quote=True) if svg.exists() else ""

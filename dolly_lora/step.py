@@ -142,7 +142,7 @@ def block_forward(
 @contextlib.contextmanager
 def _deterministic():
     before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True); torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True); torch.utils.deterministic.fill_uninitialized_memory = False
     try: yield
     finally: torch.use_deterministic_algorithms(before); torch.utils.deterministic.fill_uninitialized_memory = fill
 
@@ -158,7 +158,8 @@ def block_backward(
     ops, s = block.qkv.ops, saved
     ggu = ops.swiglu_backward(group_backward(block.down, g, s.act, last), s.gu)
     g = ops.rms_norm_backward(group_backward(block.gu, ggu, s.n2, s.h3), s.y, block.norm2, s.r2, g)
-    with _deterministic(): qkv = torch.autograd.grad(s.a, (s.q, s.k, s.v), group_backward(block.o, g, s.seen, s.h2).view_as(s.a))
+    ga = group_backward(block.o, g, s.seen, s.h2).view_as(s.a)
+    with _deterministic() if has_varlen(g.device, g.dtype) else contextlib.nullcontext(): qkv = torch.autograd.grad(s.a, (s.q, s.k, s.v), ga)
     g1 = group_backward(block.qkv, ops.rotate_backward(*qkv, *angles), s.n1, s.h1, need)
     return ops.rms_norm_backward(g1, s.x, block.norm1, s.r1, g) if need else None
 

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from .config import ConfigError, DollyError, Recipe, environment, read_json, save_fig, start_run, write_json, write_text
 from .data import encode_split, prepare_data
-from .packing import has_varlen, pack, plot_padding, share_out
+from .packing import has_varlen, pack, padding_cost, plot_padding, share_out
 from .step import make_engine
 from .models import add_lora, compute_dtype, load_base, load_tokenizer, load_tuned, lora_parameter_count
 
@@ -32,6 +32,7 @@ class DollyTrainer(SFTTrainer):
         if self.optimizer is None:
             make, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = make([{"params": [self.engine.flat.whole], "weight_decay": self.args.weight_decay}], **kwargs)
+            self.model.zero_grad = lambda *args, **kwargs: None  # `flat.start` does it; the library's walks over all modules
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -182,7 +183,7 @@ def train(
         elif shrink < 16: shrink *= 2
         else: raise DollyError(f"out of GPU memory with rows of one example: set memory=frugal or a max_length below {recipe.max_length}")
         log(f"out of memory: {'activations are computed again' if shrink == 1 else f'rows are cut to 1/{shrink}'} from here, still {recipe.batch_size} examples a step")
-    history = summarise(trainer, data["train"][1], facts)
+    history = summarise(trainer, data["train"][1], facts | dict(padding=padding_cost([len(i) for i in data["train"][0]["input_ids"]], 4)))
     trainer.save_model(str(Path(run_dir) / "adapter"))
     write_json(path, history)
     write_text(Path(run_dir) / "adapter" / "README.md", model_card(recipe, history))  # last: the run is complete

@@ -20,7 +20,7 @@ def test_run_leaves_the_contract(tiny_run):
 def test_report_is_self_contained_and_agrees_with_results(tiny_run):
     page = (tiny_run[0] / "report/report.html").read_text()
     results = json.loads((tiny_run[0] / "report/results.json").read_text())
-    assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "<script" not in page and page.count("<img alt=") == 5
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "<script" not in page and page.count("<img alt=") == 6
     assert f"{results['evaluation']['test']['tuned']['loss']:.3f}" in page and f"{results['training']['summary']['best_validation_loss']:.4f}" in page
     assert str(tiny_run[0]) not in page and str(ROOT) not in page
 
@@ -53,7 +53,7 @@ def test_same_recipe_same_history(tiny_run, tmp_path):
 
 
 def test_mistakes_are_one_line_and_exit_2(tmp_path, tiny_run):
-    calls = [("run", "smolm2"), ("run", "tiny", "--set", "epoch=1"), ("run", "tiny", "--set", "epochs=many"), ("run", "tiny", "--set", "batch_size=5"), ("run", "tiny", "--dataset", "no/such.jsonl"),
+    calls = [("run", "smolm2"), ("run", "tiny", "--set", "epoch=1"), ("run", "tiny", "--set", "epochs=many"), ("run", "tiny", "--set", "memory=fast"), ("run", "tiny", "--dataset", "no/such.jsonl"),
              ("run", "tiny", "--set", "alpaca=nowhere.json"), ("run", "tiny", "--set", "base=./nowhere"), ("run", "tiny", "--set", "optimizer=adamw"), ("run", "tiny", "--dataset", tmp_path / "broken.jsonl"), ("run", "tiny", "--run-dir", tiny_run[0], "--set", "seed=7"), ("chat", "--run-dir", tmp_path), ("report", "--run-dir", tmp_path)]
     (tmp_path / "broken.jsonl").write_text("{")
     for call in calls:

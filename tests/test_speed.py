@@ -136,7 +136,7 @@ def small(tmp_path_factory):
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return replace(PRESETS["tiny"], base=str(folder), load_in_4bit=True, optimizer="paged_adamw_8bit", max_steps=12, eval_steps=4)
+    return replace(PRESETS["tiny"], base=str(folder), load_in_4bit=True, max_steps=12, eval_steps=4)
 
 
 @needs_gpu
@@ -151,12 +151,14 @@ def test_gpu_bf16_is_as_near_to_the_truth_as_the_plain_path(small, plan):
             plain = torch.nn.Linear(m.in_features, m.out_features, bias=False)
             plain.weight = torch.nn.Parameter(dequantize_4bit(m.weight.data, m.weight.quant_state))
             model.set_submodule(name, plain)
+        model.is_quantized = model.is_loaded_in_4bit = False
         return model.float()
     for load, make in ((truth, PackedModel), (lambda: load_base(recipe), PackedModel), (lambda: load_base(recipe), lambda m: FusedLlama(m, plan))):
         model = adapted(load(), recipe)
         engine = make(model)
         results.append((engine.loss(row, 100, gradient=True).double(), gradients(engine, model).double(), engine.logits(row).detach().double()))
-    for true, plain, fast in zip(*results):
+    assert abs(results[2][0] / results[0][0] - 1) < 1e-4            # one number, in which errors cancel
+    for true, plain, fast in list(zip(*results))[1:]:
         assert (fast - true).norm() <= 1.25 * (plain - true).norm() + 1e-6, ((fast - true).norm() / true.norm(), (plain - true).norm() / true.norm())
 
 
