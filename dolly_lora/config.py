@@ -195,7 +195,8 @@ def load_run(
     run_dir: Path, # a folder with a recipe.json
 ) -> Recipe: # the recipe of that run
     "The recipe that a run folder belongs to."
-    return Recipe(**read_json(Path(run_dir) / "recipe.json")["recipe"])
+    known = {f.name for f in dataclasses.fields(Recipe)}  # an older version's run may have fields that are no more
+    return Recipe(**{k: v for k, v in read_json(Path(run_dir) / "recipe.json")["recipe"].items() if k in known})
 
 # %% ../nbs/00_config.ipynb #9637a441
 def save_fig(

@@ -22,18 +22,25 @@ def plot_ablation(
 ): # a matplotlib Figure
     "What each way to do a step spends its time on, against the arithmetic floor."
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(9, 0.6 + 0.42 * len(rows)))
+    best = min(r["s_per_step"] for r in rows)
+    near = [r for r in rows if r["s_per_step"] < 5 * best]  # beside the slow ones these would be slivers
+    fig, axes = plt.subplots(1, 1 + (len(near) < len(rows)), figsize=(9, 1.5 + 0.34 * len(rows)), squeeze=False, layout="constrained")
+    for ax, shown in zip(axes[0], (rows, near)): _bars(ax, shown)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), frameon=False, fontsize=8, columnspacing=1, handlelength=1)
+    if len(near) < len(rows): axes[0, 1].set_title("the fast ones, enlarged", fontsize=10)
+    fig.suptitle(f"A step of 16 examples: {rows[0]['model']}, {rows[0]['device']}", fontsize=11)
+    return fig
+
+def _bars(ax, rows):
     names, left = [r["name"] for r in rows], [0.0] * len(rows)
     for kind, color in KINDS.items():
         width = [r["gpu_s"].get(kind, 0) for r in rows]
         if kind == "waiting": width = [max(0.0, r["s_per_step"] - l) for r, l in zip(rows, left)]
         ax.barh(names, width, left=left, color=color, label=kind)
         left = [l + w for l, w in zip(left, width)]
-    for i, r in enumerate(rows): ax.text(max(left[i], r["s_per_step"]), i, f"  {r['s_per_step']:.3f} s", va="center")
-    ax.axvline(rows[0]["floor_s"], color="black", lw=1, ls="--"); ax.invert_yaxis(); ax.margins(x=0.1)
-    ax.set(title=f"A step of 16 examples, {rows[0]['model']}, {rows[0]['device']}", xlabel="seconds (dashed: the arithmetic alone)")
-    ax.legend(frameon=False, fontsize=8, loc="lower right"); ax.spines[["top", "right"]].set_visible(False)
-    return fig
+    for i, r in enumerate(rows): ax.text(max(left[i], r["s_per_step"]), i, f" {r['s_per_step']:.3f} s", va="center", fontsize=9)
+    ax.axvline(rows[0]["floor_s"], color="black", lw=1, ls="--"); ax.invert_yaxis(); ax.margins(x=0.18)
+    ax.set(xlabel="seconds (dashed: the arithmetic alone)"); ax.spines[["top", "right"]].set_visible(False)
 
 # %% ../nbs/02b_kernels.ipynb #02b013
 def _jit(f): return triton.jit(f, do_not_specialize=["place", "rows", "S", "N"]) if triton else f
@@ -104,16 +111,16 @@ def rotate_backward(dq, dk, dv, cos, sin): # gradients [tokens, heads, size]; re
 
 # %% ../nbs/02b_kernels.ipynb #02b023
 @_jit
-def _rotate(src, dst, cos, sin, stride_src, stride_dst, heads, sign, D: tl.constexpr, BH: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64); h = tl.program_id(1) * BH + tl.arange(0, BH)[:, None]; d = tl.arange(0, D)[None, :]; ok = (h < heads) & (d < D)
-    c, s = tl.load(cos + t * D + d), tl.load(sin + t * D + d) * sign
+def _rotate(src, dst, cos, sin, stride_src, stride_dst, heads, sign, D, BD: tl.constexpr, BH: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64); h = tl.program_id(1) * BH + tl.arange(0, BH)[:, None]; d = tl.arange(0, BD)[None, :]; ok = (h < heads) & (d < D)
+    c, s = tl.load(cos + t * D + d, d < D, 0), tl.load(sin + t * D + d, d < D, 0) * sign
     i, o = src + t * stride_src + h * 2 * D + d, dst + t * stride_dst + h * 2 * D + d
     a, b = tl.load(i, ok, 0).to(tl.float32), tl.load(i + D, ok, 0).to(tl.float32)
     tl.store(o, a * c - b * s, ok); tl.store(o + D, b * c + a * s, ok)
 
 # %% ../nbs/02b_kernels.ipynb #02b024
 def _rotate_into(src, dst, cos, sin, heads, sign):
-    _rotate[(len(src), _cdiv(heads, 8))](src, dst, cos, sin, src.stride(0), dst.stride(0), heads, sign, D=cos.shape[1], BH=8)
+    _rotate[(len(src), _cdiv(heads, 8))](src, dst, cos, sin, src.stride(0), dst.stride(0), heads, sign, cos.shape[1], BD=_pow2(cos.shape[1]), BH=8)
 
 def _rotate_triton(qkv, cos, sin, heads): _rotate_into(qkv, qkv, cos, sin, heads, 1.0)
 

@@ -65,9 +65,10 @@ def pack(
 def has_varlen(
     device: torch.device, # where the tensors are
     dtype: torch.dtype,   # of queries, keys and values
+    size: int = 64,       # of a head
 ) -> bool:
     "Can `torch.nn.attention.varlen` do it?"
-    fine = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 and dtype in (torch.bfloat16, torch.float16)
+    fine = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 and dtype in (torch.bfloat16, torch.float16) and size % 8 == 0
     try: from torch.nn.attention.varlen import varlen_attn
     except ImportError: return False  # torch before 2.10
     return fine
@@ -87,7 +88,7 @@ def attend(
     row: Row,        # whose bounds count; on the same device
 ) -> torch.Tensor: # [tokens, heads, size]
     "Causal attention inside each example of a row."
-    if has_varlen(q.device, q.dtype): return _varlen(q, k, v, row)
+    if has_varlen(q.device, q.dtype, q.shape[-1]): return _varlen(q, k, v, row)
     parts = [[t.transpose(0, 1)[None] for t in one] for one in zip(*(t.split(row.lengths) for t in (q, k, v)))]
     return torch.cat([F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1) for one in parts])
 

@@ -159,7 +159,7 @@ def block_backward(
     ggu = ops.swiglu_backward(group_backward(block.down, g, s.act, last), s.gu)
     g = ops.rms_norm_backward(group_backward(block.gu, ggu, s.n2, s.h3), s.y, block.norm2, s.r2, g)
     ga = group_backward(block.o, g, s.seen, s.h2).view_as(s.a)
-    with _deterministic() if has_varlen(g.device, g.dtype) else contextlib.nullcontext(): qkv = torch.autograd.grad(s.a, (s.q, s.k, s.v), ga)
+    with _deterministic() if has_varlen(g.device, g.dtype, block.size) else contextlib.nullcontext(): qkv = torch.autograd.grad(s.a, (s.q, s.k, s.v), ga)
     g1 = group_backward(block.qkv, ops.rotate_backward(*qkv, *angles), s.n1, s.h1, need)
     return ops.rms_norm_backward(g1, s.x, block.norm1, s.r1, g) if need else None
 
@@ -197,11 +197,11 @@ def plan_memory(
 def fits_llama(
     model, # PeftModel
 ) -> bool:
-    "Can `FusedLlama` compute this model? The Llama architecture without biases, one adapter on the seven linears of every block."
+    "Can `FusedLlama` compute this model? The Llama architecture without biases, one adapter on the seven linears of every block, sizes in sixteens."
     base = model.get_base_model(); c = base.config
     if c.model_type != "llama" or getattr(c, "attention_bias", False) or getattr(c, "mlp_bias", False) or c.hidden_act != "silu" or len(model.active_adapters) != 1: return False
     linears = [getattr(l.self_attn, f"{n}_proj") for l in base.model.layers for n in "qkvo"] + [getattr(l.mlp, f"{n}_proj") for l in base.model.layers for n in ("gate", "up", "down")]
-    return all(hasattr(l, "lora_A") and model.active_adapters[0] in l.lora_A for l in linears)
+    return all(hasattr(l, "lora_A") and model.active_adapters[0] in l.lora_A and l.out_features % 16 == 0 for l in linears)  # the kernels' smallest block
 
 # %% ../nbs/02c_step.ipynb #02c024
 class FusedLlama:
@@ -229,7 +229,7 @@ class FusedLlama:
         self.low = self.flat.whole.data if self.dtype == torch.float32 else self.flat.whole.data.to(self.dtype)
         start = 0
         for g in groups: start = g.bind(start, self.low, self.flat.grad)
-        self.graphs = StepGraphs(self) if graphs and self.ops.name == "Triton" and has_varlen(self.device, self.dtype) else None
+        self.graphs = StepGraphs(self) if graphs and self.ops.name == "Triton" and has_varlen(self.device, self.dtype, self.blocks[0].size) else None
 
 
     def _angles(self, row):

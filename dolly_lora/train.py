@@ -8,12 +8,12 @@ import gc, math, os, resource, shutil, time, zipfile
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from dataclasses import replace
 from pathlib import Path
+from .config import ConfigError, DollyError, Recipe, environment, read_json, save_fig, start_run, write_json, write_text
 import torch, transformers
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
-from .config import ConfigError, DollyError, Recipe, environment, read_json, save_fig, start_run, write_json, write_text
 from .data import encode_split, prepare_data
 from .packing import has_varlen, pack, padding_cost, plot_padding, share_out
 from .step import make_engine

@@ -82,6 +82,17 @@ def test_rows_add_up_to_the_step():
         torch.testing.assert_close(r[2], results[0][2], rtol=1e-5, atol=1e-6)
 
 
+def test_half_precision_as_on_a_t4():
+    """fp16 weights and activations, float32 adapters and gradients, the loss kept large: near the float32 step, nothing overflows."""
+    row, results = pack(some()), []
+    for dtype, scale in ((torch.float32, 1.0), (torch.float16, 2.0**16)):
+        engine = FusedLlama(adapted(tiny_model().to(dtype)), Plan(True, True, 1024))
+        assert engine.flat.whole.dtype == engine.flat.grad.dtype == torch.float32 and engine.low.dtype == dtype
+        results.append((engine.loss(row, 300 / scale, 1, True) / scale, engine.flat.grad / scale))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-3, atol=0)
+    assert (results[1][1] - results[0][1]).norm() < 0.01 * results[0][1].norm()
+
+
 def curve(history): return [r["loss"] for r in history["log"]] + [r["eval_loss"] for r in history["validation"]]
 
 
