@@ -54,7 +54,7 @@ WAYS = {"stock": "TRL and PEFT as documented: 4 x 4 padded, checkpointing", "pad
 
 def _engine(way, model, recipe):
     if way == "padding-free":
-        engine = PackedModel(model); engine.flat, engine.plan = FlatParameters(p for p in model.parameters() if p.requires_grad), Plan(False, False, 8192)
+        engine = PackedModel(model); engine.flat, engine.plan = FlatParameters(p for p in model.parameters() if p.requires_grad), Plan(False, False, 6144)
         return engine
     if way in ("by hand", "weights kept"): return FusedLlama(model, replace(plan_memory(model, replace(recipe, memory="speed")), keep_weights=way == "weights kept"), graphs=False)
     return make_engine(model, replace(recipe, memory=way))
@@ -64,6 +64,7 @@ def _trainer(way, recipe, folder, data):
     tokenizer, base = load_tokenizer(recipe), load_base(recipe)
     args = replace(training_arguments(recipe, folder, True), train_sampling_strategy="sequential", eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
     if way == "stock":
+        if recipe.batch_size % 4: raise ConfigError(f"batch_size={recipe.batch_size}: the stock way takes four examples at a time, choose a multiple of 4")
         from peft import prepare_model_for_kbit_training
         from trl import SFTTrainer
         args = replace(args, per_device_train_batch_size=recipe.batch_size // 4, gradient_accumulation_steps=4, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -102,7 +103,7 @@ def kernel_kind(
 
 # %% ../nbs/02d_bench.ipynb #02d016
 def measure(
-    way: str,        # a key of `WAYS`
+    way: str,        # a key of `WAYS`, or auto: speed or frugal as the memory allows
     recipe: Recipe,  # base, data, batch size, rank
     data,            # encoded examples, from `encode_split`; a whole number of steps
     rate: float,     # from `matrix_rate`
@@ -126,8 +127,9 @@ def measure(
     gpu = {}
     for e in clock.profiler.key_averages() if clock.profiler else []: gpu[kernel_kind(e.key)] = gpu.get(kernel_kind(e.key), 0.0) + e.self_device_time_total / 1e6 / profiled * share
     second, flops, graphs = clock.seconds / steps, step_flops(trainer.model.config, recipe.lora_r, lengths, learnt) / steps, getattr(getattr(trainer, "engine", None), "graphs", None)
+    if way == "auto": way = "frugal" if trainer.engine.plan.recompute else "speed"
     return dict(name=way, base=recipe.base, s_per_step=second, tok_per_s=sum(lengths) / clock.seconds, peak_gib=clock.peak - before if clock.profiler else None, model_flops_utilisation=flops / second / rate,
-                full_recipe_min=3 * 12009 / 16 * second / 60, graph_s=graphs.seconds if graphs else 0.0, floor_s=flops / rate, gpu_s=gpu)
+                batch_size=size, full_recipe_min=3 * 12009 / size * second / 60, graph_s=graphs.seconds if graphs else 0.0, floor_s=flops / rate, gpu_s=gpu)
 
 # %% ../nbs/02d_bench.ipynb #02d018
 def bench(
@@ -142,11 +144,11 @@ def bench(
     tokenizer = load_tokenizer(recipe)
     rows = split(clean(load_dolly(recipe.dataset))[0], recipe)["train"]
     rows = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()]
-    data, _ = encode_split(rows[:int(1.1 * steps * recipe.batch_size)], tokenizer, recipe)
+    data, _ = encode_split(rows[:int(1.1 * steps * recipe.batch_size) + 16], tokenizer, recipe)
     steps = min(steps, len(data) // recipe.batch_size)
     if not steps: raise DollyError(f"{recipe.dataset}: {len(data)} records are fewer than a step of {recipe.batch_size}: give a larger dataset")
     data, rate, table = data.select(range(steps * recipe.batch_size)), matrix_rate(8192 if torch.cuda.is_available() else 1024), []
-    for way in [p for p in peers if p != recipe.memory] + [{"auto": "speed"}.get(recipe.memory, recipe.memory)]:
+    for way in [p for p in peers if p != recipe.memory] + [recipe.memory]:
         row = measure(way, recipe, data, rate)
         table.append(row | dict(model=MODELS.get(recipe.base, recipe.base), device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", tokens_per_step=sum(map(len, data["input_ids"])) / steps, matrix_tflops=rate / 1e12))
         log(table[-1])

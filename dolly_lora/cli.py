@@ -180,7 +180,7 @@ def measure(
     as_json: bool = False, # a JSON line for each way instead of a table
 ) -> int: # exit status
     "Measure a training step and print what came out."
-    recipe, _ = resolve(preset, "", dataset, overrides + (f" base={base}" if base else ""))
+    recipe, _ = resolve(preset, "", dataset, overrides + (f" base={shlex.quote(base)}" if base else ""))
     from dolly_lora.bench import bench
     row = "{:14}{:>9}{:>10}{:>9}{:>8}{:>14}".format
     head = iter([row("", "s/step", "tokens/s", "peak GiB", "MFU", "full recipe") + "\n"])
@@ -204,7 +204,7 @@ def main(
     commands.add_parser("doctor", help="what this machine can run, what is missing")
     p = commands.add_parser("bench", help="measure a training step: seconds, tokens, memory, utilisation")
     p.add_argument("--preset", default="llama2", help=", ".join(PRESETS)); p.add_argument("--base", default="", help="another base: random-7b is LLaMA-2-7B's shape with random weights, on a GPU")
-    p.add_argument("--peer", nargs="+", default=[], metavar="WAY", help="measure other ways on the same records first: stock, padding-free, 'by hand', 'weights kept', speed, frugal")
+    p.add_argument("--peer", nargs="+", action="extend", default=[], metavar="WAY", help="measure other ways on the same records first: stock, padding-free, 'by hand', 'weights kept', speed, frugal")
     p.add_argument("--dataset", default="", help="hub id, path or sample"); p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any field of the recipe")
     p.add_argument("--json", action="store_true", help="a JSON line for each way")
     p = commands.add_parser("report", help="write the report of a finished run")

@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_config.ipynb #18cefc47
 from __future__ import annotations
-import dataclasses, difflib, importlib.metadata, importlib.resources, json, logging, os, platform, shlex, subprocess, tempfile
+import dataclasses, difflib, importlib.metadata, importlib.resources, json, logging, os, platform, re, shlex, subprocess, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,8 @@ class Recipe:
     def __post_init__(self):
         if self.train_on not in ("response", "all"):
             raise ConfigError(f"train_on={self.train_on!r}: choose response or all")
+        if re.match("adafactor|galore|lomo|adalomo|grokadamw|apollo|stable_adamw|schedule_free|muon", self.optimizer):
+            raise ConfigError(f"optimizer={self.optimizer}: the adapters are updated as one flat tensor, which wants an element-wise optimizer: choose adamw_torch_fused, adamw_8bit, sgd or lion_32bit")
         if self.memory not in ("auto", "speed", "frugal"):
             raise ConfigError(f"memory={self.memory!r}: choose auto, speed or frugal")
         if not (0 < self.val_fraction and 0 < self.test_fraction and self.val_fraction + self.test_fraction < 1):

@@ -4,6 +4,7 @@
 
 # %% ../nbs/02b_kernels.ipynb #02b003
 from __future__ import annotations
+import zlib
 from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ def plot_ablation(
     for ax, shown in zip(axes[0], (rows, near)): _bars(ax, shown)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), frameon=False, fontsize=8, columnspacing=1, handlelength=1)
     if len(near) < len(rows): axes[0, 1].set_title("the fast ones, enlarged", fontsize=10)
-    fig.suptitle(f"A step of 16 examples: {rows[0]['model']}, {rows[0]['device']}", fontsize=11)
+    fig.suptitle(f"A step of {rows[0].get('batch_size', 16)} examples: {rows[0]['model']}, {rows[0]['device']}", fontsize=11)
     return fig
 
 def _bars(ax, rows):
@@ -57,7 +58,12 @@ def rms_norm(
     scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
     return w * (x.float() * scale).to(x.dtype), scale
 
-def rms_norm_backward(g, x, w, scale, residual): # gradient of y, then as above; `residual` [tokens, features] is added
+def rms_norm_backward(
+    g: torch.Tensor, x: torch.Tensor,        # gradient of y; the input; both [tokens, features]
+    w: torch.Tensor, scale: torch.Tensor,    # as in, and from, `rms_norm`
+    residual: torch.Tensor,                  # [tokens, features], added
+) -> torch.Tensor: # gradient of x
+    "The way back through the norm, and past it."
     unit, g = x.float() * scale, g.float() * w.float()
     return (scale * (g - unit * (g * unit).mean(-1, keepdim=True))).to(x.dtype).add_(residual)
 
@@ -106,7 +112,11 @@ def rotate_(
     part = qkv[:, :heads * 2 * cos.shape[1]].unflatten(1, (heads, -1))
     part.copy_(_turned(part, cos, sin))
 
-def rotate_backward(dq, dk, dv, cos, sin): # gradients [tokens, heads, size]; returns that of qkv
+def rotate_backward(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, # gradients [tokens, heads or key heads, size]
+    cos: torch.Tensor, sin: torch.Tensor,                 # as in `rotate_`
+) -> torch.Tensor: # gradient of qkv
+    "Turn back and gather."
     return torch.cat([t.flatten(1) for t in (_turned(dq, cos, -sin), _turned(dk, cos, -sin), dv)], 1)
 
 # %% ../nbs/02b_kernels.ipynb #02b023
@@ -139,7 +149,11 @@ def swiglu(
     gate, up = gu.chunk(2, -1)
     return F.silu(gate) * up
 
-def swiglu_backward(g, gu): # gradient of the activation; returns that of gu
+def swiglu_backward(
+    g: torch.Tensor,  # gradient of the activation [tokens, features]
+    gu: torch.Tensor, # the input of `swiglu`
+) -> torch.Tensor: # gradient of gu
+    "The way back through the activation."
     gate, up = gu.chunk(2, -1)
     s = torch.sigmoid(gate)
     return torch.cat([g * up * s * (1 + gate * (1 - s)), g * gate * s], -1)
@@ -177,12 +191,15 @@ class Dropout:
         place: int,         # number of the first linear in the model
         linears: int,       # how many share the input
         p: float,           # share that is dropped, 0 < p < 1
-    ): self.seed, self.place, self.linears, self.p, self.masks = seed, place, linears, p, {}
+        row,                # whose tokens' numbers in the step decide, a `Row`
+    ): self.seed, self.place, self.linears, self.p, self.row, self.masks = seed, place, linears, p, row, {}
+
+    def _draw(self, n, start, i, x): # an example's mask, from its first token's number
+        random = torch.Generator(x.device).manual_seed(zlib.crc32(f"{int(self.seed)} {start} {self.place + i}".encode()))  # a CPU's generator takes 32 bits
+        return torch.empty(n, x.shape[1], dtype=torch.bool, device=x.device).bernoulli_(1 - self.p, generator=random)
 
     def __call__(self, x, i): # x [tokens, in] for linear i: dropped, and the rest divided by 1 - p
-        if i not in self.masks:
-            random = torch.Generator(x.device).manual_seed((int(self.seed) * 4096 + self.place + i) % 2**63)
-            self.masks[i] = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.p, generator=random)
+        if i not in self.masks: self.masks[i] = torch.cat([self._draw(n, start, i, x) for n, start in zip(self.row.lengths, self.row.starts)])
         return torch.where(self.masks[i], x, 0) / (1 - self.p)
 
 # %% ../nbs/02b_kernels.ipynb #02b034
@@ -199,14 +216,28 @@ def lora_down(
     else: parts = [x @ M.t()]
     return torch.cat(parts, 1) * scale
 
-def lora_up_(y, h, M, drop=None, sizes=None): # y [tokens, features] += h M, each linear's part dropped or put in its place
+def lora_up_(
+    y: torch.Tensor, # [tokens, features], changed in place: += h M
+    h: torch.Tensor, # [tokens, linears × r]
+    M: torch.Tensor, # [linears × r, features]; with `sizes` [r, features]
+    drop: Dropout | None = None,    # every linear's part is dropped in its own way
+    sizes: list[int] | None = None, # or goes to its own features
+):
+    "From the rank, added."
     if sizes:
         for part, a, m in zip(y.split(sizes, 1), h.chunk(len(sizes), 1), M.split(sizes, 1)): part += a @ m
     elif drop:
         for i, (a, m) in enumerate(zip(h.chunk(drop.linears, 1), M.chunk(drop.linears))): y += drop(a @ m, i)
     else: y += h @ M
 
-def lora_grad_(out, h, x, drop=None, sizes=None): # out like M, float32 += h^T x
+def lora_grad_(
+    out: torch.Tensor, # float32 [linears × r, features], or with `sizes` [r, features]; changed in place: += h^T x
+    h: torch.Tensor,   # [tokens, linears × r]
+    x: torch.Tensor,   # [tokens, features]
+    drop: Dropout | None = None,    # as in `lora_down`
+    sizes: list[int] | None = None, # as in `lora_down`
+):
+    "An adapter's gradient, added."
     if sizes:
         for part, a, b in zip(out.split(sizes, 1), h.chunk(len(sizes), 1), x.split(sizes, 1)): part += a.t() @ b
     elif drop:
@@ -232,26 +263,26 @@ def _kept(i, a, b, threshold):
 
 # %% ../nbs/02b_kernels.ipynb #02b039
 @_jit
-def _down(x, m, h, seed, place, threshold, factor, N, K, e1, e2, sx, sg, s0, s1, R, G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
+def _down(x, m, h, seed, numbers, place, threshold, factor, N, K, e1, e2, sx, sg, s0, s1, R, G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
     g = tl.program_id(1)
     lo, hi = 0, K
     if PART:
         lo = tl.where(g == 0, 0, tl.where(g == 1, e1, e2)); hi = tl.where(g == 0, e1, tl.where(g == 1, e2, K))
     t, r = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BR)
     t64 = t.to(tl.int64)
-    if DROP: a, b = _keys(seed, place + g)
+    if DROP: a, b = _keys(seed, place + g); number = tl.load(numbers + t, t < N, 0).to(tl.uint32)
     acc = tl.zeros([BT, BR], tl.float32)
     for k0 in range(lo, hi, BK):
         k = k0 + tl.arange(0, BK)
         v = tl.load(x + t64[:, None] * sx + k[None, :], (t < N)[:, None] & (k < hi)[None, :], 0)
-        if DROP: v = tl.where(_kept(t[:, None] * K + k[None, :], a, b, threshold), v, 0.0)
+        if DROP: v = tl.where(_kept(number[:, None] * K + k[None, :], a, b, threshold), v, 0.0)
         w = tl.load(m + g * sg + r[None, :] * s0 + k[:, None] * s1, (r < R)[None, :] & (k < hi)[:, None], 0)
         acc = tl.dot(v, w, acc, input_precision="ieee")
     tl.store(h + t64[:, None] * (G * R) + g * R + r[None, :], acc * factor, (t < N)[:, None] & (r < R)[None, :])
 
 # %% ../nbs/02b_kernels.ipynb #02b040
 @_jit
-def _up(y, h, m, seed, place, threshold, factor, N, C, e1, e2, sy, sg, s0, s1, R, G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
+def _up(y, h, m, seed, numbers, place, threshold, factor, N, C, e1, e2, sy, sg, s0, s1, R, G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
     t, c0, r = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BC, tl.arange(0, BR)
     c = c0 + tl.arange(0, BC)
     t64, inside = t.to(tl.int64), (t < N)[:, None] & (c < C)[None, :]
@@ -265,14 +296,14 @@ def _up(y, h, m, seed, place, threshold, factor, N, C, e1, e2, sy, sg, s0, s1, R
         d = tl.dot(u, w, input_precision="ieee")
         if DROP:
             a, b = _keys(seed, place + g)
-            d = tl.where(_kept(t[:, None] * C + c[None, :], a, b, threshold), d, 0.0)
+            d = tl.where(_kept(tl.load(numbers + t, t < N, 0).to(tl.uint32)[:, None] * C + c[None, :], a, b, threshold), d, 0.0)
         acc += d
     p = y + t64[:, None] * sy + c[None, :]
     tl.store(p, tl.load(p, inside, 0).to(tl.float32) + acc * factor, inside)
 
 # %% ../nbs/02b_kernels.ipynb #02b042
 @_jit
-def _outer(part, h, x, seed, place, threshold, factor, N, C, e1, e2, sx, rows, R, G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
+def _outer(part, h, x, seed, numbers, place, threshold, factor, N, C, e1, e2, sx, rows, R, G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
     c0, split, g = tl.program_id(0) * BC, tl.program_id(1), tl.program_id(2)
     o = g
     if PART:
@@ -284,7 +315,7 @@ def _outer(part, h, x, seed, place, threshold, factor, N, C, e1, e2, sx, rows, R
         t = t0 + tl.arange(0, BT); t64 = t.to(tl.int64)
         u = tl.load(h + t64[None, :] * (G * R) + g * R + r[:, None], (t < N)[None, :] & (r < R)[:, None], 0)
         v = tl.load(x + t64[:, None] * sx + c[None, :], (t < N)[:, None] & (c < C)[None, :], 0)
-        if DROP: v = tl.where(_kept(t[:, None] * C + c[None, :], a, b, threshold), v, 0.0)
+        if DROP: v = tl.where(_kept(tl.load(numbers + t, t < N, 0).to(tl.uint32)[:, None] * C + c[None, :], a, b, threshold), v, 0.0)
         acc = tl.dot(u, v, acc, input_precision="ieee")
     tl.store(part + ((split * tl.num_programs(2) + o) * R + r[:, None]) * C + c[None, :], acc * factor, (r < R)[:, None] & (c < C)[None, :])
 
@@ -300,7 +331,7 @@ def _accumulate(out, part, C, n, S, s0, s1, BC: tl.constexpr, T: tl.constexpr, B
 # %% ../nbs/02b_kernels.ipynb #02b043
 def _where(x, drop, sizes): # the arguments that say which linear reads what
     ends = [sum(sizes[:1]), sum(sizes[:2])] if sizes else [0, 0]
-    key = (drop.seed, drop.place, min(2**32 - 1, round(drop.p * 2**32))) if drop else (x, 0, 0)
+    key = (drop.seed, drop.row.numbers, drop.place, min(2**32 - 1, round(drop.p * 2**32))) if drop else (x, x, 0, 0)
     return len(sizes) if sizes else drop.linears if drop else 1, key, 1 / (1 - drop.p) if drop else 1.0, ends, dict(PART=bool(sizes), DROP=drop is not None)
 
 def _block(sizes, most): # the largest block that ends where the linears end

@@ -8,6 +8,7 @@ import inspect, math
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
+from .config import DollyError
 
 # %% auto #0
 __all__ = ['padding_cost', 'plot_padding', 'Row', 'pack', 'has_varlen', 'attend', 'share_out', 'PackedModel']
@@ -46,20 +47,26 @@ class Row:
     input_ids: torch.Tensor # int64 [tokens]
     targets: torch.Tensor   # int64 [tokens]: the token that must come next, -100 where nothing is learnt
     positions: torch.Tensor # int64 [tokens]: from 0 in every example
+    numbers: torch.Tensor   # int64 [tokens]: which token of its step each one is, however the step is shared out over rows
     bounds: torch.Tensor    # int32 [examples + 1]: example i is tokens bounds[i] to bounds[i + 1]
     lengths: list[int]      # tokens of each example
+    starts: list[int]       # the number of each example's first token
 
-    def _each(self, f): return Row(*map(f, (self.input_ids, self.targets, self.positions, self.bounds)), self.lengths)
+    def _each(self, f): return Row(*map(f, (self.input_ids, self.targets, self.positions, self.numbers, self.bounds)), self.lengths, self.starts)
     def to(self, device, non_blocking: bool = True) -> Row: return self._each(lambda t: t.to(device, non_blocking=non_blocking)) # on that device
     def pin_memory(self) -> Row: return self._each(torch.Tensor.pin_memory) # what a DataLoader calls, so that copying to the card does not wait for the card
 
 def pack(
     examples: list[dict], # input_ids and labels of equal length, from `encode`
+    starts: list[int] | None = None, # the number of each example's first token in the step; default: the row is the step
 ) -> Row: # on the CPU
     "Put examples into one row."
     lengths = [len(e["input_ids"]) for e in examples]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    starts = bounds[:-1].tolist() if starts is None else starts
+    positions = torch.cat([torch.arange(n) for n in lengths])
     return Row(torch.tensor([i for e in examples for i in e["input_ids"]]), torch.tensor([t for e in examples for t in (*e["labels"][1:], -100)]),
-               torch.cat([torch.arange(n) for n in lengths]), torch.tensor([0, *lengths]).cumsum(0).int(), lengths)
+               positions, positions + torch.repeat_interleave(torch.tensor(starts), torch.tensor(lengths)), bounds.int(), lengths, starts)
 
 # %% ../nbs/02a_packing.ipynb #02a014
 def has_varlen(
@@ -73,11 +80,12 @@ def has_varlen(
     except ImportError: return False  # torch before 2.10
     return fine
 
-def _varlen(q, k, v, row):
+def _varlen(q, k, v, row, scale):
     from torch.nn.attention.varlen import varlen_attn
     known = inspect.signature(varlen_attn).parameters  # the word for causal, and whether grouped queries are announced, differ by version
     extra = dict(is_causal=True) if "is_causal" in known else dict(window_size=(-1, 0))
     if "enable_gqa" in known: extra["enable_gqa"] = q.shape[1] != k.shape[1]
+    if scale is not None: extra["scale"] = scale
     return varlen_attn(q, k, v, row.bounds, row.bounds, max(row.lengths), max(row.lengths), **extra)
 
 # %% ../nbs/02a_packing.ipynb #02a015
@@ -86,18 +94,19 @@ def attend(
     k: torch.Tensor, # [tokens, key heads, size]; heads is a multiple of key heads
     v: torch.Tensor, # like k
     row: Row,        # whose bounds count; on the same device
+    scale: float | None = None, # of the scores; default: 1 / sqrt(size)
 ) -> torch.Tensor: # [tokens, heads, size]
     "Causal attention inside each example of a row."
-    if has_varlen(q.device, q.dtype, q.shape[-1]): return _varlen(q, k, v, row)
+    if has_varlen(q.device, q.dtype, q.shape[-1]): return _varlen(q, k, v, row, scale)
     parts = [[t.transpose(0, 1)[None] for t in one] for one in zip(*(t.split(row.lengths) for t in (q, k, v)))]
-    return torch.cat([F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1) for one in parts])
+    return torch.cat([F.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1) for one in parts])
 
 # %% ../nbs/02a_packing.ipynb #02a019
 def share_out(
     lengths: list[int], # tokens of each example of a step
     budget: int,        # tokens a row may have; a longer example gets a row of its own
 ) -> list[list[int]]: # the examples' numbers, row by row
-    "As few rows as the budget allows, about equally long."
+    "Few rows within the budget, about equally long."
     n = math.ceil(sum(lengths) / budget)
     while True:
         rows, load = [[] for _ in range(n)], [0] * n
@@ -107,14 +116,16 @@ def share_out(
         n += 1
 
 # %% ../nbs/02a_packing.ipynb #02a022
-def _attention(module, query, key, value, attention_mask, row=None, **kwargs):
+def _attention(module, query, key, value, attention_mask, row=None, scaling=None, softcap=None, sliding_window=None, s_aux=None, **kwargs):
     "transformers' attention interface: [1, heads, tokens, size] in, [1, tokens, heads, size] out."
-    return attend(*(t[0].transpose(0, 1) for t in (query, key, value)), row)[None], None
+    if softcap is not None or s_aux is not None or (sliding_window or max(row.lengths)) < max(row.lengths):
+        raise DollyError(f"{type(module).__name__} caps its scores, has sinks or looks through a window of {sliding_window} tokens: take another base, or a max_length within the window")
+    return attend(*(t[0].transpose(0, 1) for t in (query, key, value)), row, scaling)[None], None
 
 class PackedModel:
     "Loss and gradients of a row by transformers, PEFT and autograd."
     def __init__(self,
-        model, # PeftModel of any decoder-only architecture that takes `position_ids`
+        model, # PeftModel of a decoder-only architecture with plain causal attention that takes `position_ids`
     ):
         from transformers import AttentionInterface
         AttentionInterface.register("dolly_rows", _attention)
@@ -134,11 +145,13 @@ class PackedModel:
     ) -> torch.Tensor: # negative log-probability of the row's targets in nats, divided by `items`
         "Forward, and if asked for backward."
         self.model.train(seed is not None)
-        with torch.set_grad_enabled(gradient), torch.random.fork_rng():
+        with torch.set_grad_enabled(gradient), torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
             if seed is not None: torch.manual_seed(int(seed))
             logits = self.logits(row)
             loss = F.cross_entropy(logits.float(), row.targets.to(logits.device), ignore_index=-100, reduction="sum") / items
             if gradient: loss.backward()
         return loss.detach()
 
-    def step(self, row, items, seed): return self.loss(row, items, seed, gradient=True) # as every engine has it
+    def step(self, row: Row, items, seed: int) -> torch.Tensor: # as `loss`
+        "Loss and gradients of a training row."
+        return self.loss(row, items, seed, gradient=True)

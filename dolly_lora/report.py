@@ -116,15 +116,15 @@ def section_hardware(r: dict) -> str: # `r` from `collect`; Markdown
 def section_speed(r: dict) -> str: # `r` from `collect`; Markdown
     "Padding, the way a step was computed, and the ablation if it was measured."
     s = r["training"]["summary"]
-    graphs = f" {s['graphs']} lengths of rows were recorded as CUDA graphs in {s['graph_seconds']:.0f} s (part of the time above)." if s["graphs"] else ""
+    graphs = f" {s['graphs']} lengths of rows were recorded as CUDA graphs in {s['graph_seconds']:.0f} s." if s["graphs"] else ""
     text = (f"Padded four by four, a step would have computed {s['padding']:.2f} positions for each real token; rows without padding compute one. Engine: {s['engine']}; {s['memory']}.{graphs}\n" + _figure("padding", "What padding would have cost."))
     for base in dict.fromkeys(b["base"] for b in r["bench"]):
         rows = [b for b in r["bench"] if b["base"] == base]
         best, first = min(rows, key=lambda b: b["s_per_step"]), rows[0]
-        text += (f"\n### {first['model']}: a step of 16 examples, several ways\n\nAll on the same records ({first['tokens_per_step']:,.0f} real tokens a step) and the same {first['device']}, in one run; its large matrix products reach {first['matrix_tflops']:.0f} TFLOP/s, "
+        text += (f"\n### {first['model']}: a step of {first.get('batch_size', 16)} examples, several ways\n\nAll on the same records ({first['tokens_per_step']:,.0f} real tokens a step) and the same {first['device']}, in one run; its large matrix products reach {first['matrix_tflops']:.0f} TFLOP/s, "
                  f"at which the arithmetic of a step takes {first['floor_s']:.3f} s. `{best['name']}` is {first['s_per_step'] / best['s_per_step']:.1f} times as fast as `{first['name']}`.\n\n"
                  + _table(["", "s a step", "real tokens/s", "peak GiB", "utilisation", "full recipe"], [[b["name"], f"{b['s_per_step']:.3f}", round(b["tok_per_s"]), f"{b['peak_gib']:.1f}" if b["peak_gib"] else "", f"{b['model_flops_utilisation']:.0%}", f"{b['full_recipe_min']:.1f} min"] for b in rows])
-                 + _figure(f"ablation_{base}", "What a step's time goes into; *waiting* is a card with nothing to do. Utilisation counts the arithmetic of the recipe, not what a way computes twice."))
+                 + _figure("ablation_" + re.sub(r"\W+", "_", base), "What a step's time goes into; *waiting* is a card with nothing to do. Utilisation counts the arithmetic of the recipe, not what a way computes twice."))
     return text
 
 # %% ../nbs/05_report.ipynb #fd6d3ea8
@@ -186,7 +186,7 @@ def write_report(
     for base in dict.fromkeys(b["base"] for b in r["bench"]):
         from dolly_lora.kernels import plot_ablation
         rows = [b for b in r["bench"] if b["base"] == base]
-        save_fig(plot_ablation(rows), run_dir, f"ablation_{base}", "Seconds a step, by what the card does: " + "; ".join(f"{b['name']} {b['s_per_step']:.3f}" for b in rows) + f". The arithmetic alone: {rows[0]['floor_s']:.3f}.")
+        save_fig(plot_ablation(rows), run_dir, "ablation_" + re.sub(r"\W+", "_", base), "Seconds a step, by what the card does: " + "; ".join(f"{b['name']} {b['s_per_step']:.3f}" for b in rows) + f". The arithmetic alone: {rows[0]['floor_s']:.3f}.")
     def embed(match):
         svg = run_dir / "figures" / match[1]
         alt = escape(svg.with_suffix(".txt").read_text(encoding="utf-8").strip(), quote=True) if svg.exists() else ""

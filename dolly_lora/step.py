@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from .config import Recipe
-from .kernels import Dropout, operations
+from .kernels import PLAIN, Dropout, operations
 from .packing import PackedModel, Row, attend, has_varlen
 
 # %% auto #0
 __all__ = ['Saved', 'FlatParameters', 'LoRAGroup', 'group_forward', 'group_backward', 'Block', 'block_forward', 'block_backward',
-           'Plan', 'plan_memory', 'fits_llama', 'FusedLlama', 'StepGraphs', 'make_engine']
+           'fits_llama', 'Plan', 'plan_memory', 'FusedLlama', 'StepGraphs', 'make_engine']
 
 # %% ../nbs/02c_step.ipynb #02c006
 class FlatParameters:
@@ -80,11 +80,12 @@ class LoRAGroup:
 def group_forward(
     group: LoRAGroup,
     x: torch.Tensor, # [tokens, inputs]
+    row: Row | None = None,               # whose tokens `x` is: dropout asks for their numbers
     seed: torch.Tensor | None = None,     # int64, of the dropout; None: no dropout
     residual: torch.Tensor | None = None, # [tokens, outputs of all], added to the result
 ): # (y [tokens, outputs of all], what the way back needs)
     "All linears of a group, adapters included."
-    drop = Dropout(seed, group.place, len(group.layers), group.p) if seed is not None and group.p else None
+    drop = Dropout(seed, group.place, len(group.layers), group.p, row) if seed is not None and group.p else None
     weight = group.weight()
     y = x @ weight.t() if residual is None else torch.addmm(residual, x, weight.t())
     h = group.ops.lora_down(x, group.a, group.scale, drop)
@@ -128,23 +129,23 @@ def block_forward(
     "A block up to the input of its down projection."
     ops, parts = block.qkv.ops, [n * block.size for n in (block.heads, block.key_heads, block.key_heads)]
     n1, r1 = ops.rms_norm(x, block.norm1, block.eps)
-    qkv, h1 = group_forward(block.qkv, n1, seed)
+    qkv, h1 = group_forward(block.qkv, n1, row, seed)
     ops.rotate_(qkv, *angles, block.heads + block.key_heads)
     q, k, v = (t.unflatten(1, (-1, block.size)).detach().requires_grad_(keep) for t in qkv.split(parts, 1))
     with torch.set_grad_enabled(keep): a = attend(q, k, v, row)
     seen = a.detach().flatten(1)
-    y, h2 = group_forward(block.o, seen, seed, residual=x)
+    y, h2 = group_forward(block.o, seen, row, seed, residual=x)
     n2, r2 = ops.rms_norm(y, block.norm2, block.eps)
-    gu, h3 = group_forward(block.gu, n2, seed)
+    gu, h3 = group_forward(block.gu, n2, row, seed)
     return Saved(x, n1, r1, h1, q, k, v, a, seen, h2, y, n2, r2, h3, gu, ops.swiglu(gu))
 
 # %% ../nbs/02c_step.ipynb #02c018
 @contextlib.contextmanager
 def _deterministic():
-    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before, warn, fill = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True); torch.utils.deterministic.fill_uninitialized_memory = False
     try: yield
-    finally: torch.use_deterministic_algorithms(before); torch.utils.deterministic.fill_uninitialized_memory = fill
+    finally: torch.use_deterministic_algorithms(before, warn_only=warn); torch.utils.deterministic.fill_uninitialized_memory = fill
 
 def block_backward(
     block: Block,
@@ -163,6 +164,17 @@ def block_backward(
     g1 = group_backward(block.qkv, ops.rotate_backward(*qkv, *angles), s.n1, s.h1, need)
     return ops.rms_norm_backward(g1, s.x, block.norm1, s.r1, g) if need else None
 
+# %% ../nbs/02c_step.ipynb #i8181031
+def fits_llama(
+    model, # PeftModel
+) -> bool:
+    "Can `FusedLlama` compute this model? The Llama architecture without biases, one adapter on the seven linears of every block, sizes in sixteens."
+    base = model.get_base_model(); c = base.config
+    if (getattr(c, "rope_parameters", None) or {}).get("rope_type", "default") in ("dynamic", "longrope"): return False  # angles that depend on the row
+    if c.model_type != "llama" or getattr(c, "attention_bias", False) or getattr(c, "mlp_bias", False) or c.hidden_act != "silu" or len(model.active_adapters) != 1: return False
+    linears = [getattr(l.self_attn, f"{n}_proj") for l in base.model.layers for n in "qkvo"] + [getattr(l.mlp, f"{n}_proj") for l in base.model.layers for n in ("gate", "up", "down")]
+    return all(hasattr(l, "lora_A") and model.active_adapters[0] in l.lora_A and l.out_features % 16 == 0 for l in linears)  # the kernels' smallest block
+
 # %% ../nbs/02c_step.ipynb #02c020
 @dataclass(frozen=True)
 class Plan:
@@ -170,38 +182,31 @@ class Plan:
     keep_weights: bool # hold NF4 weights dequantised to the computing precision
     recompute: bool    # keep the blocks' inputs only, and compute the rest again on the way back
     token_budget: int  # tokens of a row
+    examples: int = 16  # of a row, at most
+    longest: int = 1024 # tokens of an example, at most
 
     def __str__(self):
         return (f"{'frugal: activations are computed again' if self.recompute else 'speed: activations are kept'}, weights "
                 f"{'ready' if self.keep_weights else 'dequantised when needed'}, rows of up to {self.token_budget:,} tokens")
 
 def plan_memory(
-    model,          # PeftModel of the Llama family, on its device
-    recipe: Recipe, # `memory` and `max_length`
+    model,          # PeftModel on its device
+    recipe: Recipe, # `memory`, `max_length` and `batch_size`
     free: int | None = None, # bytes; default: what the card has left
 ) -> Plan:
     "What fits."
     c, width = model.get_base_model().config, model.get_base_model().lm_head.weight.element_size()
     d, ff, kv, layers = c.hidden_size, c.intermediate_size, c.num_key_value_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads), c.num_hidden_layers
-    if model.device.type == "cpu" and free is None: return Plan(True, recipe.memory == "frugal", max(1024, recipe.max_length))  # unquantised: nothing to keep twice
+    rest, by_hand = dict(examples=recipe.batch_size, longest=recipe.max_length), fits_llama(model)
+    if model.device.type == "cpu" and free is None: return Plan(by_hand, recipe.memory == "frugal", max(1024, recipe.max_length), **rest)  # unquantised: nothing to keep twice
     if free is None: free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    if model.device.type == "cuda" and operations(model.device).name == "PyTorch": free = free // 2  # the formulas hold more at a time than the kernels
+    if not by_hand or (model.device.type == "cuda" and operations(model.device).name == "PyTorch"): free = free // 2  # autograd, and the formulas, hold more at a time than the kernels
     room = 0.9 * free - 16 * sum(p.numel() for p in model.parameters() if p.requires_grad) - 2**30  # gradients, optimizer, libraries
     block, token = (2 * d * d + 2 * d * kv + 3 * d * ff) * width, (layers * (6 * d + 2 * kv + 3 * ff) + 2 * c.vocab_size) * width
-    for keep in True, False:
+    for keep in (True, False) if by_hand else (False,):
         budget = int((room - block * (layers if keep else 1)) // token)
-        if recipe.memory != "frugal" and budget >= min(2 * recipe.max_length, 8192): return Plan(keep, False, min(8192, budget))
-    return Plan(False, recipe.memory != "speed", max(2048, recipe.max_length))
-
-# %% ../nbs/02c_step.ipynb #02c023
-def fits_llama(
-    model, # PeftModel
-) -> bool:
-    "Can `FusedLlama` compute this model? The Llama architecture without biases, one adapter on the seven linears of every block, sizes in sixteens."
-    base = model.get_base_model(); c = base.config
-    if c.model_type != "llama" or getattr(c, "attention_bias", False) or getattr(c, "mlp_bias", False) or c.hidden_act != "silu" or len(model.active_adapters) != 1: return False
-    linears = [getattr(l.self_attn, f"{n}_proj") for l in base.model.layers for n in "qkvo"] + [getattr(l.mlp, f"{n}_proj") for l in base.model.layers for n in ("gate", "up", "down")]
-    return all(hasattr(l, "lora_A") and model.active_adapters[0] in l.lora_A and l.out_features % 16 == 0 for l in linears)  # the kernels' smallest block
+        if recipe.memory != "frugal" and budget >= min(2 * recipe.max_length, 6144): return Plan(keep, False, min(6144, budget), **rest)
+    return Plan(False, recipe.memory != "speed", max(2048, recipe.max_length), **rest)
 
 # %% ../nbs/02c_step.ipynb #02c024
 class FusedLlama:
@@ -214,7 +219,8 @@ class FusedLlama:
     ):
         base, c = model.get_base_model(), model.get_base_model().config
         self.base, self.plan, self.device, self.dtype = base, plan, model.device, base.lm_head.weight.dtype
-        self.ops, spaces, self.blocks = ops or operations(self.device), [dict(data=None, owner=None) for _ in range(4)], []
+        rank = next(p.shape[0] for n, p in model.named_parameters() if "lora_A" in n)
+        self.ops, spaces, self.blocks = ops or (operations(self.device) if rank <= 128 else PLAIN), [dict(data=None, owner=None) for _ in range(4)], []
         for i, l in enumerate(base.model.layers):
             a, m = l.self_attn, l.mlp
             sets = [a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]
@@ -229,7 +235,8 @@ class FusedLlama:
         self.low = self.flat.whole.data if self.dtype == torch.float32 else self.flat.whole.data.to(self.dtype)
         start = 0
         for g in groups: start = g.bind(start, self.low, self.flat.grad)
-        self.graphs = StepGraphs(self) if graphs and self.ops.name == "Triton" and has_varlen(self.device, self.dtype, self.blocks[0].size) else None
+        self.varlen = has_varlen(self.device, self.dtype, self.blocks[0].size)
+        self.graphs = StepGraphs(self) if graphs and self.ops.name == "Triton" and self.varlen else None
 
 
     def _angles(self, row):
@@ -243,7 +250,8 @@ class FusedLlama:
         x, tape = F.embedding(row.input_ids, self.base.model.embed_tokens.weight), []
         for block in self.blocks:
             saved = block_forward(block, x, row, angles, seed, gradient and not self.plan.recompute)
-            y, last = group_forward(block.down, saved.act, seed, residual=saved.y)
+            y, last = group_forward(block.down, saved.act, row, seed, residual=saved.y)
+            if self.plan.recompute and last[1]: last[1].masks.clear()  # drawn again on the way back
             if gradient: tape.append((None if self.plan.recompute else saved, x, last))
             x = y; del saved
         return x, tape
@@ -280,8 +288,10 @@ class FusedLlama:
             del saved
         return loss
 
-    def step(self, row, items, seed): # as `loss` with the gradient; replayed where that is possible
-        return self.graphs(row, items, seed) if self.graphs else self.loss(row, items, seed, True)
+    def step(self, row: Row, items, seed: int) -> torch.Tensor: # as `loss`
+        "Loss and gradients of a training row, replayed where that is possible."
+        fits = self.graphs and len(row.lengths) <= self.plan.examples and max(row.lengths) <= self.plan.longest
+        return self.graphs(row, items, seed) if fits else self.loss(row, items, seed, True)
 
 # %% ../nbs/02c_step.ipynb #02c033
 class StepGraphs:
@@ -296,30 +306,41 @@ class StepGraphs:
 
     def _fill(self, fixed, row): # `row` into the fixed places of a longer one; the rest is one more example without targets
         n, m = len(row.input_ids), len(row.bounds)
-        for to, tensor, rest in (fixed.input_ids, row.input_ids, 0), (fixed.targets, row.targets, -100), (fixed.positions, row.positions, 0):
+        for to, tensor, rest in (fixed.input_ids, row.input_ids, 0), (fixed.targets, row.targets, -100), (fixed.positions, row.positions, 0), (fixed.numbers, row.numbers, 0):
             to[:n].copy_(tensor, non_blocking=True); to[n:] = rest
         fixed.bounds[:m].copy_(row.bounds, non_blocking=True); fixed.bounds[m:] = n; fixed.bounds[-1] = len(fixed.input_ids)
 
-    def _record(self, row, length, examples, longest):
-        start, new = time.perf_counter(), lambda n, dtype=torch.int64: torch.zeros(n, dtype=dtype, device=self.engine.device)
-        fixed, first = Row(new(length), new(length), new(length), new(examples + 2, torch.int32), [longest]), not self.graphs
-        self._fill(fixed, row); self.stream.wait_stream(torch.cuda.current_stream())
+    def _record(self, length):
+        start, plan, new = time.perf_counter(), self.engine.plan, lambda n: torch.zeros(n, dtype=torch.int64, device=self.engine.device)
+        bounds = (torch.arange(plan.examples + 2) * plan.longest).clamp(max=length).int().to(self.engine.device); bounds[-1] = length
+        fixed = Row(new(length), new(length) - 100, new(length), new(length), bounds, [plan.longest], [0])
+        self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            if first:  # compile and load what the first pass compiles and loads
+            if not self.graphs:  # compile and load what the first pass compiles and loads
                 before = self.engine.flat.grad.clone()
                 self.engine.loss(fixed, self.items, self.seed, True); self.engine.flat.grad.copy_(before); del before
-                torch.cuda.synchronize(); torch.cuda.empty_cache()
+            torch.cuda.synchronize(); torch.cuda.empty_cache()  # a recording cannot free what lies idle
             graph = torch.cuda.CUDAGraph(); graph.capture_begin(pool=self.pool)
             try: self.out.copy_(self.engine.loss(fixed, self.items, self.seed, True))
-            finally: graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(Exception): graph.capture_end()
+                raise
+            graph.capture_end()
         torch.cuda.current_stream().wait_stream(self.stream)
-        self.graphs[length, examples, longest] = graph, fixed
+        self.graphs[length] = graph, fixed
         self.seconds += time.perf_counter() - start
 
-    def __call__(self, row, items, seed, examples: int = 16, longest: int = 1024): # the loss; gradients are added to the flat gradient
-        length, examples, longest = -(-len(row.input_ids) // self.multiple) * self.multiple, max(examples, len(row.lengths)), max(longest, *row.lengths)
-        if (length, examples, longest) not in self.graphs: self._record(row, length, examples, longest)
-        graph, fixed = self.graphs[length, examples, longest]
+    def __call__(self,
+        row: Row,  # within the plan's budget, examples and longest
+        items,     # learnt tokens of the whole step
+        seed: int, # of the dropout
+    ) -> torch.Tensor: # the loss
+        "Replay; gradients are added to the flat gradient."
+        whole = lambda n: -(-n // self.multiple) * self.multiple
+        length = whole(len(row.input_ids))
+        for n in (whole(self.engine.plan.token_budget), length) if not self.graphs else (length,):
+            if n not in self.graphs: self._record(n)
+        graph, fixed = self.graphs[length]
         self._fill(fixed, row); self.items.copy_(torch.as_tensor(items)); self.seed.fill_(int(seed))
         graph.replay()
         return self.out.clone()
@@ -334,5 +355,5 @@ def make_engine(
     if fits_llama(model): return FusedLlama(model, plan)
     if plan.recompute: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}); model.enable_input_require_grads()
     engine = PackedModel(model)
-    engine.flat, engine.plan = FlatParameters(p for p in model.parameters() if p.requires_grad), plan
+    engine.flat, engine.plan, engine.varlen = FlatParameters(p for p in model.parameters() if p.requires_grad), plan, has_varlen(model.device, model.dtype)
     return engine

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from .data import encode_split, prepare_data
-from .packing import has_varlen, pack, padding_cost, plot_padding, share_out
+from .packing import pack, padding_cost, plot_padding, share_out
 from .step import make_engine
 from .models import add_lora, compute_dtype, load_base, load_tokenizer, load_tuned, lora_parameter_count
 
@@ -40,9 +40,9 @@ class DollyTrainer(SFTTrainer):
         items = self._summed(sum((r.targets != -100).sum() for r in inputs["rows"]))
         one = torch.ones((), device=flat.whole.device)
         scale = scaler.scale(one) if scaler else one   # fp16 alone: gradients are kept large while they are computed
-        seed = ((self.args.seed * 10**6 + self.state.global_step) * world + self.args.process_index) * 64
+        seed = (self.args.seed * 10**6 + self.state.global_step) * world + self.args.process_index
         flat.start()
-        loss = sum(self.engine.step(row, items / scale, seed + i) for i, row in enumerate(inputs["rows"]))
+        loss = sum(self.engine.step(row, items / scale, seed) for row in inputs["rows"])
         if world > 1: torch.distributed.all_reduce(flat.grad)
         return loss / scale * world                    # the Trainer averages over processes
 
@@ -66,7 +66,9 @@ def collate(
     token_budget: int,    # tokens of a row
 ) -> dict[str, list]: # rows
     "The rows of a batch."
-    return dict(rows=[pack([examples[i] for i in r]) for r in share_out([len(e["input_ids"]) for e in examples], token_budget)])
+    lengths = [len(e["input_ids"]) for e in examples]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return dict(rows=[pack([examples[i] for i in r], [starts[i] for i in r]) for r in share_out(lengths, token_budget)])
 
 # %% ../nbs/02_train.ipynb #5bfff79b
 class Progress(TrainerCallback):
@@ -139,7 +141,7 @@ def summarise(
     "The training history: what the curves are drawn from, and the run in numbers."
     rows = trainer.state.log_history
     pick = lambda r, names: {k: r[k] for k in names if k in r}
-    log = [pick(r, ("step", "epoch", "loss", "learning_rate", "grad_norm", "mean_token_accuracy", "train_s")) for r in rows if "loss" in r]
+    log = [pick(r, ("step", "epoch", "loss", "learning_rate", "grad_norm", "train_s")) for r in rows if "loss" in r]
     validation = [pick(r, ("step", "epoch", "eval_loss", "train_s")) for r in rows if "eval_loss" in r]
     best = min((r for r in validation if r["step"] > 0 and math.isfinite(r["eval_loss"])), key=lambda r: r["eval_loss"], default=validation[-1])
     seconds, steps = rows[-1]["train_s"], trainer.state.global_step
@@ -177,12 +179,13 @@ def train(
     now, shrink = recipe, 1
     while True:
         try: trainer, facts = _fit(now, run_dir, tokenizer, data, log, shrink); break
-        except torch.OutOfMemoryError: pass
+        except torch.OutOfMemoryError:
+            if "LOCAL_RANK" in os.environ: raise DollyError("out of GPU memory in one of several processes: set memory=frugal") from None
         gc.collect(); torch.cuda.empty_cache()
         if now.memory == "auto": now = replace(now, memory="frugal")
         elif shrink < 16: shrink *= 2
         else: raise DollyError(f"out of GPU memory with rows of one example: set memory=frugal or a max_length below {recipe.max_length}")
-        log(f"out of memory: {'activations are computed again' if shrink == 1 else f'rows are cut to 1/{shrink}'} from here, still {recipe.batch_size} examples a step")
+        log(f"out of memory: again from the last checkpoint, {'activations are computed again' if shrink == 1 else f'rows are cut to 1/{shrink}'}; still {recipe.batch_size} examples a step")
     history = summarise(trainer, data["train"][1], facts | dict(padding=padding_cost([len(i) for i in data["train"][0]["input_ids"]], 4)))
     trainer.save_model(str(Path(run_dir) / "adapter"))
     write_json(path, history)
@@ -207,7 +210,7 @@ def _fit(recipe, run_dir, tokenizer, data, log, shrink):
         if p.requires_grad: p.data = p.data.float()
     engine = trainer.engine = make_engine(model, recipe)
     engine.plan = replace(engine.plan, token_budget=engine.plan.token_budget // shrink)
-    log(f"{engine.plan}; {type(engine).__name__}, attention {'over whole rows (varlen)' if has_varlen(model.device, model.dtype) else 'example by example (sdpa)'}")
+    log(f"{engine.plan}; {type(engine).__name__}, attention {'over whole rows (varlen)' if engine.varlen else 'example by example (sdpa)'}")
     if resume: log(f"resuming from {resume.name}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -71,7 +71,7 @@ def test_out_of_memory_shortens_the_rows(whole, tmp_path):
     with patch.object(FusedLlama, "step", step):
         history = train(replace(RECIPE, max_steps=2), tmp_path, log=lines.append)
     assert history["summary"]["token_budget"] == 512 and history["summary"]["steps"] == 2
-    assert [l for l in lines if "out of memory" in l] == ["out of memory: activations are computed again from here, still 16 examples a step", "out of memory: rows are cut to 1/2 from here, still 16 examples a step"]
+    assert [l for l in lines if "out of memory" in l] == ["out of memory: again from the last checkpoint, activations are computed again; still 16 examples a step", "out of memory: again from the last checkpoint, rows are cut to 1/2; still 16 examples a step"]
     with patch.object(FusedLlama, "step", side_effect=torch.OutOfMemoryError), pytest.raises(DollyError, match="out of GPU memory with rows of one example"):
         train(replace(RECIPE, max_steps=2), tmp_path / "never", log=lines.append)
 

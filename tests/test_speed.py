@@ -14,11 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ROOT
 from dolly_lora import kernels, packing
-from dolly_lora.config import PRESETS
+from dolly_lora.config import PRESETS, DollyError
 from dolly_lora.models import add_lora, load_base, tiny_model, tiny_tokenizer
 from dolly_lora.packing import PackedModel, pack, share_out
 from dolly_lora.step import FlatParameters, FusedLlama, Plan, fits_llama, make_engine
-from dolly_lora.train import last_checkpoint, train
+from dolly_lora.train import collate, last_checkpoint, train
 
 TINY = replace(PRESETS["tiny"], lora_dropout=0.0)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8, reason="no GPU of compute capability 8.0")
@@ -68,18 +68,41 @@ def test_step_equals_peft_for_other_ranks_and_heads(rank, heads):
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-5, atol=1e-5)
 
 
-def test_rows_add_up_to_the_step():
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_rows_add_up_to_the_step(dropout):
+    """However a step is shared out over rows, it is the same step, dropout included."""
     examples, results = some(8), []
     items = sum((r.targets != -100).sum() for r in [pack(examples)])
     for budget in (2000, 300, 1):
-        model = adapted(tiny_model())
-        engine = FusedLlama(model, Plan(True, False, budget))
-        rows = [pack([examples[i] for i in r]) for r in share_out([len(e["input_ids"]) for e in examples], budget)]
-        results.append((len(rows), sum(engine.loss(r, items, gradient=True) for r in rows), engine.flat.grad.clone()))
+        model = adapted(tiny_model(), replace(TINY, lora_dropout=dropout))
+        engine = FusedLlama(model, Plan(True, budget == 300, budget))
+        rows = collate(examples, budget)["rows"]
+        results.append((len(rows), sum(engine.loss(r, items, 5, True) for r in rows), engine.flat.grad.clone()))
     assert [r[0] for r in results][0] == 1 and results[2][0] == 8
     for r in results[1:]:
         torch.testing.assert_close(r[1], results[0][1], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(r[2], results[0][2], rtol=1e-5, atol=1e-6)
+
+
+INTERPRETED = """
+import torch
+from test_speed import *
+examples, found = some(3, 40), []
+for ops, budget in ((kernels.TRITON, 200), (kernels.TRITON, 40), (kernels.PLAIN, 200)):
+    engine = FusedLlama(adapted(tiny_model(), replace(TINY, lora_r=20, lora_dropout=0.0 if ops is kernels.PLAIN else DROPOUT)), Plan(True, True, budget), ops=ops)
+    found.append((sum(engine.loss(r, 40, 3, True) for r in collate(examples, budget)["rows"]), engine.flat.grad))
+same = lambda a, b: all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(a, b))
+print(same(found[0], found[1]), same(found[0], found[2]))
+"""
+
+
+@pytest.mark.parametrize("dropout, expected", [(0.0, "True True"), (0.3, "True False")])
+def test_triton_kernels_make_the_same_step_in_the_interpreter(dropout, expected):
+    """Without dropout that of the formulas; with dropout the same however the step is shared out."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", INTERPRETED.replace("DROPOUT", str(dropout))], cwd=ROOT / "tests", capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""})
+    assert done.stdout.strip() == expected, done.stdout + done.stderr[-2000:]
 
 
 def test_half_precision_as_on_a_t4():
@@ -120,7 +143,14 @@ def test_fallbacks_choose_themselves():
 
 
 def test_other_architectures_are_recognised():
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers import AutoModelForCausalLM, GraniteConfig, MistralConfig, Qwen2Config
+    shape = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    granite = adapted(AutoModelForCausalLM.from_config(GraniteConfig(**shape, attention_multiplier=0.7)))
+    ids = torch.tensor(some(1)[0]["input_ids"])
+    expected = granite.eval()(input_ids=ids[None]).logits[0]
+    torch.testing.assert_close(PackedModel(granite).logits(pack(some(1))), expected, rtol=1e-5, atol=1e-5)    # its own scale of the scores
+    with pytest.raises(DollyError, match="window of 8"):
+        PackedModel(adapted(AutoModelForCausalLM.from_config(MistralConfig(**shape, sliding_window=8)))).loss(pack(some()), 1.0)
     model = adapted(AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)))
     assert not fits_llama(model) and fits_llama(adapted(tiny_model()))
     row, engine = pack(some()), make_engine(model, TINY)
