@@ -84,6 +84,13 @@ def test_rows_add_up_to_the_step(dropout):
         torch.testing.assert_close(r[2], results[0][2], rtol=1e-5, atol=1e-6)
 
 
+RUN_CELLS = """
+import json
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+for cell in json.load(open("02b_kernels.ipynb"))["cells"]:
+    if cell["cell_type"] == "code": shell.run_cell("".join(cell["source"])).raise_error()
+"""
 INTERPRETED = """
 import torch
 from test_speed import *
@@ -103,6 +110,14 @@ def test_triton_kernels_make_the_same_step_in_the_interpreter(dropout, expected)
     done = subprocess.run([sys.executable, "-c", INTERPRETED.replace("DROPOUT", str(dropout))], cwd=ROOT / "tests", capture_output=True, text=True, timeout=300,
                           env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""})
     assert done.stdout.strip() == expected, done.stdout + done.stderr[-2000:]
+
+
+def test_every_kernel_equals_its_formula_in_the_interpreter():
+    """The cells of 02b_kernels, in a process of their own: Triton must not have been imported before."""
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"}
+    done = subprocess.run([sys.executable, "-c", RUN_CELLS], cwd=ROOT / "nbs", env=env | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("Triton equals PyTorch") == 17, done.stdout + done.stderr[-2000:]
 
 
 def test_half_precision_as_on_a_t4():
