@@ -238,7 +238,6 @@ class FusedLlama:
         self.varlen = has_varlen(self.device, self.dtype, self.blocks[0].size)
         self.graphs = StepGraphs(self) if graphs and self.ops.name == "Triton" and self.varlen else None
 
-
     def _angles(self, row):
         cos, sin = self.base.model.rotary_emb(torch.empty(0, device=self.device), row.positions[None])
         half = cos.shape[-1] // 2
@@ -348,8 +347,8 @@ class StepGraphs:
 # %% ../nbs/02c_step.ipynb #02c037
 def make_engine(
     model,          # PeftModel, adapters in float32
-    recipe: Recipe, # `memory` and `max_length`
-): # FusedLlama, or PackedModel for another architecture; both with `flat`, `plan`, `loss`, `step`
+    recipe: Recipe, # `memory`, `max_length` and `batch_size`
+): # FusedLlama, or PackedModel for another architecture; both with `flat`, `plan`, `varlen`, `loss`, `step`
     "The fastest way to a step of this model on this machine."
     plan = plan_memory(model, recipe)
     if fits_llama(model): return FusedLlama(model, plan)

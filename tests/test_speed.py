@@ -131,6 +131,12 @@ def test_half_precision_as_on_a_t4():
     assert (results[1][1] - results[0][1]).norm() < 0.01 * results[0][1].norm()
 
 
+def test_rows_of_a_step_drop_on_their_own_on_the_plain_path():
+    engine = PackedModel(adapted(tiny_model(), replace(TINY, lora_dropout=0.5)))
+    losses = [engine.loss(pack(some(1), [start]), 1.0, 3) for start in (0, 0, 500)]
+    assert losses[0] == losses[1] != losses[2]
+
+
 def curve(history): return [r["loss"] for r in history["log"]] + [r["eval_loss"] for r in history["validation"]]
 
 
