@@ -98,7 +98,6 @@ def section_evaluation(r: dict) -> str: # `r` from `collect`; Markdown
     shown = [[x["instruction"] + (f"\n\n({x['context']})" if x["context"] else ""), x["before"] + ("" if x["before_finished"] else " …"), x["after"] + ("" if x["after_finished"] else " …"), x["reference"]] for x in r["before_after"]]
     return (f"Both models are the same weights with the adapter off and on. Losses are over {b['tokens']:,} response tokens of {r['data']['splits']['test']:,} test records; {t['answers']:,} of their prompts were answered greedily, up to {r['recipe']['max_new_tokens']} tokens.\n\n"
             + _table(["", "base", "tuned"], rows) + _figure("test_loss", "Test loss by category, base and tuned.") + _figure("answer_lengths", "Length of the answers to test prompts.")
-            + (f"\n{e['note']}\n" if "note" in e else "")
             + "\nNo judge has read these answers: AlpacaEval win rates and MT-Bench ratings are not part of this report. The answers lie in the official formats, ready for one.\n"
             + f"\n### Before and after\n\nQuestions written for this course, none of them trained on; up to {min(80, r['recipe']['max_new_tokens'])} tokens each (… marks an answer that was cut off).\n\n" + _table(["instruction", "before", "after", "reference"], shown))
 
