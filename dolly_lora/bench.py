@@ -5,11 +5,14 @@
 # %% ../nbs/02d_bench.ipynb #02d002
 from __future__ import annotations
 import gc, re, tempfile, time
+from types import SimpleNamespace
+import numpy as np
 from dataclasses import replace
 from .config import ConfigError, DollyError, Recipe, _suggest
 import torch
 from transformers import PrinterCallback, TrainerCallback
-from .data import clean, encode_split, load_dolly, split
+from .data import build_prompt, clean, encode_split, load_dolly, split
+from .generate import _decode, _plain
 from .models import add_lora, compute_dtype, load_base, load_tokenizer
 from .packing import PackedModel
 from .report import MODELS
@@ -17,7 +20,8 @@ from .step import FlatParameters, FusedLlama, Plan, make_engine, plan_memory
 from .train import DollyTrainer, collate, training_arguments
 
 # %% auto #0
-__all__ = ['WAYS', 'step_flops', 'matrix_rate', 'kernel_kind', 'measure', 'bench']
+__all__ = ['WAYS', 'GENERATE_WAYS', 'step_flops', 'matrix_rate', 'kernel_kind', 'measure', 'bench', 'memory_rate',
+           'bench_generate']
 
 # %% ../nbs/02d_bench.ipynb #02d005
 def step_flops(
@@ -151,5 +155,47 @@ def bench(
     for way in [p for p in peers if p != recipe.memory] + [recipe.memory]:
         row = measure(way, recipe, data, rate)
         table.append(row | dict(model=MODELS.get(recipe.base, recipe.base), device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", tokens_per_step=sum(map(len, data["input_ids"])) / steps, matrix_tflops=rate / 1e12))
+        log(table[-1])
+    return table
+
+# %% ../nbs/02d_bench.ipynb #i3709103
+def memory_rate(
+    gib: float = 4.0, # to copy
+) -> float: # bytes a second, read and written
+    "How fast this machine moves memory."
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.empty(int(gib * 2**30), dtype=torch.uint8, device=device).random_(); b, seconds = torch.empty_like(a), []
+    for _ in range(8):
+        start = time.perf_counter(); b.copy_(a)
+        if device == "cuda": torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * len(a) / sorted(seconds)[len(seconds) // 2]
+
+# %% ../nbs/02d_bench.ipynb #i7045156
+GENERATE_WAYS = {"transformers": (_plain, 64), "dolly_lora": (_decode, 128)}
+
+def bench_generate(
+    recipe: Recipe,         # base, dataset, seed
+    prompts: int = 128,     # of the training split
+    new_tokens: int = 128,  # for each
+    log=lambda row: None,   # gets every row when it is there
+) -> list[dict]: # name, base, slots, prompts, new_tokens, prompt_tokens, seconds, tok_per_s (new tokens), peak_gib (None on a CPU), floor_s, model, device
+    "Write the same answers with transformers and with the decoder."
+    model, tokenizer, rows, table = load_base(replace(recipe, load_in_4bit=False)), load_tokenizer(recipe), split(clean(load_dolly(recipe.dataset))[0], recipe)["train"], []
+    encoded = [ids for ids in tokenizer([build_prompt(r["instruction"], r["context"]) for r in rows[:2 * prompts]]).input_ids if len(ids) <= recipe.max_length][:prompts]
+    endless = SimpleNamespace(eos_token_id=-1, pad_token_id=tokenizer.pad_token_id, pad=tokenizer.pad)
+    c, on_gpu, lengths, width = model.config, torch.cuda.is_available(), [len(e) for e in encoded], model.dtype.itemsize
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads) * width
+    moved = new_tokens * (sum(p.numel() for p in model.model.layers.parameters()) + c.vocab_size * c.hidden_size) * width + cache * sum(new_tokens * (n + new_tokens / 2) for n in lengths)
+    floor = moved / memory_rate(4.0 if on_gpu else 0.1)
+    for name, (way, slots) in GENERATE_WAYS.items():
+        for n in (2, new_tokens):  # the first time compiles and loads
+            if on_gpu: torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); torch.cuda.synchronize()
+            start, zeros = time.perf_counter(), np.zeros((len(encoded), n), np.float32)
+            with torch.inference_mode(): out = dict(way(model, endless, encoded, zeros[:, 0], zeros, n, slots, range(len(encoded))))
+            seconds = time.perf_counter() - start
+        made = sum(map(len, out.values()))
+        table.append(dict(name=name, base=recipe.base, slots=min(slots, len(encoded)), prompts=len(encoded), new_tokens=new_tokens, prompt_tokens=sum(lengths), seconds=seconds, tok_per_s=made / seconds,
+                          peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None, floor_s=floor, model=MODELS.get(recipe.base, recipe.base), device=torch.cuda.get_device_name() if on_gpu else "CPU"))
         log(table[-1])
     return table

@@ -178,14 +178,22 @@ def measure(
     dataset: str = "",    # hub id, path or `sample`
     overrides: str = "",  # "field=value field=value"
     as_json: bool = False, # a JSON line for each way instead of a table
+    answers: bool = False, # measure generation instead of training
 ) -> int: # exit status
     "Measure a training step and print what came out."
     recipe, _ = resolve(preset, "", dataset, overrides + (f" base={shlex.quote(base)}" if base else ""))
-    from dolly_lora.bench import bench
+    from dolly_lora.bench import bench, bench_generate
+    if answers: return _measure_answers(bench_generate, recipe, as_json)
     row = "{:14}{:>9}{:>10}{:>9}{:>8}{:>14}".format
     head = iter([row("", "s/step", "tokens/s", "peak GiB", "MFU", "full recipe") + "\n"])
     def show(r): print(json.dumps(r) if as_json else next(head, "") + row(r["name"], f"{r['s_per_step']:.3f}", f"{r['tok_per_s']:,.0f}", f"{r['peak_gib']:.1f}" if r["peak_gib"] else "-", f"{r['model_flops_utilisation']:.0%}", f"{r['full_recipe_min']:.1f} min"), flush=True)
     bench(recipe, peers, log=show)
+    return 0
+
+def _measure_answers(bench_generate, recipe, as_json):
+    row = "{:14}{:>7}{:>10}{:>11}{:>10}{:>9}".format
+    head = iter([row("", "slots", "seconds", "tokens/s", "peak GiB", "floor s") + "\n"])
+    bench_generate(recipe, log=lambda r: print(json.dumps(r) if as_json else next(head, "") + row(r["name"], r["slots"], f"{r['seconds']:.2f}", f"{r['tok_per_s']:,.0f}", f"{r['peak_gib']:.1f}" if r["peak_gib"] else "-", f"{r['floor_s']:.2f}"), flush=True))
     return 0
 
 # %% ../nbs/06_cli.ipynb #3ebc74ea
@@ -206,6 +214,7 @@ def main(
     p.add_argument("--preset", default="llama2", help=", ".join(PRESETS)); p.add_argument("--base", default="", help="another base: random-7b is LLaMA-2-7B's shape with random weights, on a GPU")
     p.add_argument("--peer", nargs="+", action="extend", default=[], metavar="WAY", help="measure other ways on the same records first: stock, padding-free, 'by hand', 'weights kept', speed, frugal")
     p.add_argument("--dataset", default="", help="hub id, path or sample"); p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any field of the recipe")
+    p.add_argument("--generate", action="store_true", help="measure answers instead of training: 128 prompts of 128 new tokens, against transformers")
     p.add_argument("--json", action="store_true", help="a JSON line for each way")
     p = commands.add_parser("report", help="write the report of a finished run")
     p.add_argument("--run-dir", default="runs/demo"); p.add_argument("--out", default="", help="folder (default RUN_DIR/report)")
@@ -221,7 +230,7 @@ def _dispatch(args):
     if args.command == "doctor":
         for what, fine, remark in doctor(): print(f"{'ok' if fine else '--'}  {what:18}{remark}")
         return 0
-    if args.command == "bench": return measure(args.preset, args.base, args.peer, args.dataset, shlex.join(args.set), args.json)
+    if args.command == "bench": return measure(args.preset, args.base, args.peer, args.dataset, shlex.join(args.set), args.json, args.generate)
     from dolly_lora.report import write_report
     run_dir = project_root() / args.run_dir
     print(short_path(write_report(run_dir, project_root() / args.out if args.out else run_dir / "report")))

@@ -122,12 +122,14 @@ def load_base(
     "The frozen base model."
     from transformers import AutoModelForCausalLM
     if recipe.base == "tiny": return tiny_model().to(device()).eval()
-    if recipe.base == "random-7b": return random_7b()
+    if recipe.base == "random-7b": return random_7b(recipe.load_in_4bit)
     four = dict(quantization_config=quantization_config()) if recipe.load_in_4bit and torch.cuda.is_available() else {}
     return AutoModelForCausalLM.from_pretrained(locate_base(recipe), revision=recipe.revision or None, dtype=compute_dtype(), device_map={"": device()}, trust_remote_code=False, **four).eval()
 
 # %% ../nbs/00a_models.ipynb #i1668190
-def random_7b(): # LlamaForCausalLM in NF4 on the GPU; `ModelError` without one
+def random_7b(
+    four: bool = True, # in NF4, else in the computing precision
+): # LlamaForCausalLM on the GPU; `ModelError` without one
     "LLaMA-2-7B's shape with random weights."
     import bitsandbytes as bnb
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -138,12 +140,12 @@ def random_7b(): # LlamaForCausalLM in NF4 on the GPU; `ModelError` without one
         with torch.device(device()): model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=4096))
     finally: torch.set_default_dtype(before)
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device())   # its frequencies in float32, as a loaded model has them
-    for name, linear in [(n, m) for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)]:
+    for name, linear in [(n, m) for n, m in model.model.named_modules() if four and isinstance(m, torch.nn.Linear)]:
         packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype(), quant_type="nf4", compress_statistics=True, device="meta")
         packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=packed)
         model.model.set_submodule(name, packed.to(device()))
         linear.weight = None
-    model.is_loaded_in_4bit = True
+    model.is_loaded_in_4bit = four
     return model.requires_grad_(False).eval()
 
 def _want_gpu():

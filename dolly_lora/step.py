@@ -15,7 +15,8 @@ from .packing import PackedModel, Row, attend, has_varlen
 
 # %% auto #0
 __all__ = ['Saved', 'FlatParameters', 'LoRAGroup', 'group_forward', 'group_backward', 'Block', 'block_forward', 'block_backward',
-           'fits_llama', 'Plan', 'plan_memory', 'FusedLlama', 'StepGraphs', 'make_engine']
+           'is_llama', 'fits_llama', 'llama_blocks', 'angles_at', 'hold_weights', 'Plan', 'plan_memory', 'FusedLlama',
+           'StepGraphs', 'make_engine']
 
 # %% ../nbs/02c_step.ipynb #02c006
 class FlatParameters:
@@ -40,17 +41,19 @@ class FlatParameters:
 class LoRAGroup:
     "LoRA linears that share their input, as one: PEFT's layers, PEFT's parameters."
     def __init__(self,
-        layers,     # PEFT LoRA layers, one adapter, linears without bias
+        layers,     # linears without bias: PEFT LoRA layers with one adapter, or plain ones
         place: int, # number of the first among the model's linears: names its dropout masks
         workspace: dict, # data and owner: where NF4 weights are dequantised to, shared by all blocks
         ops,             # the operations, from `operations`
     ):
         self.layers, self.place, self.workspace, self.ops, self.kept = layers, place, workspace, ops, None
-        name = layers[0].active_adapters[0]
-        self.A, self.B = [l.lora_A[name].weight for l in layers], [l.lora_B[name].weight for l in layers]
-        self.scale, self.p = layers[0].scaling[name], getattr(layers[0].lora_dropout[name], "p", 0.0)
-        self.sizes, self.base = [len(b) for b in self.B], [l.get_base_layer() for l in layers]
-        self.shape = sum(self.sizes), self.A[0].shape[1]  # outputs of all, inputs
+        self.base = [getattr(l, "base_layer", l) for l in layers]
+        self.sizes, self.A, self.B = [b.out_features for b in self.base], [], []
+        self.shape = sum(self.sizes), self.base[0].in_features  # outputs of all, inputs
+        if hasattr(layers[0], "lora_A") and not layers[0].disable_adapters:
+            name = layers[0].active_adapters[0]
+            self.A, self.B = [l.lora_A[name].weight for l in layers], [l.lora_B[name].weight for l in layers]
+            self.scale, self.p = layers[0].scaling[name], getattr(layers[0].lora_dropout[name], "p", 0.0)
         self.quantised = hasattr(self.base[0].weight, "quant_state")
 
     def _dequantise(self, out):
@@ -85,9 +88,10 @@ def group_forward(
     residual: torch.Tensor | None = None, # [tokens, outputs of all], added to the result
 ): # (y [tokens, outputs of all], what the way back needs)
     "All linears of a group, adapters included."
-    drop = Dropout(seed, group.place, len(group.layers), group.p, row) if seed is not None and group.p else None
     weight = group.weight()
     y = x @ weight.t() if residual is None else torch.addmm(residual, x, weight.t())
+    if not group.A: return y, None
+    drop = Dropout(seed, group.place, len(group.layers), group.p, row) if seed is not None and group.p else None
     h = group.ops.lora_down(x, group.a, group.scale, drop)
     group.ops.lora_up_(y, h, group.b, sizes=group.sizes)
     return y, (h, drop)
@@ -165,15 +169,57 @@ def block_backward(
     return ops.rms_norm_backward(g1, s.x, block.norm1, s.r1, g) if need else None
 
 # %% ../nbs/02c_step.ipynb #i8181031
+def _seven(layer): # the linears of a block, those that share their input together
+    a, m = layer.self_attn, layer.mlp
+    return [a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]
+
+def is_llama(
+    base, # a transformers model
+) -> bool:
+    "The Llama architecture as the blocks here compute it: without biases, its angles independent of the row, sizes in sixteens (the kernels' smallest block)."
+    c = base.config
+    if c.model_type != "llama" or getattr(c, "attention_bias", False) or getattr(c, "mlp_bias", False) or c.hidden_act != "silu": return False
+    if (getattr(c, "rope_parameters", None) or {}).get("rope_type", "default") in ("dynamic", "longrope"): return False
+    return all(l.out_features % 16 == 0 for layer in base.model.layers for group in _seven(layer) for l in group)
+
 def fits_llama(
     model, # PeftModel
 ) -> bool:
-    "Can `FusedLlama` compute this model? The Llama architecture without biases, one adapter on the seven linears of every block, sizes in sixteens."
-    base = model.get_base_model(); c = base.config
-    if (getattr(c, "rope_parameters", None) or {}).get("rope_type", "default") in ("dynamic", "longrope"): return False  # angles that depend on the row
-    if c.model_type != "llama" or getattr(c, "attention_bias", False) or getattr(c, "mlp_bias", False) or c.hidden_act != "silu" or len(model.active_adapters) != 1: return False
-    linears = [getattr(l.self_attn, f"{n}_proj") for l in base.model.layers for n in "qkvo"] + [getattr(l.mlp, f"{n}_proj") for l in base.model.layers for n in ("gate", "up", "down")]
-    return all(hasattr(l, "lora_A") and model.active_adapters[0] in l.lora_A and l.out_features % 16 == 0 for l in linears)  # the kernels' smallest block
+    "Can `FusedLlama` compute this model? A Llama with one adapter on the seven linears of every block."
+    base, names = model.get_base_model(), model.active_adapters
+    return is_llama(base) and len(names) == 1 and all(hasattr(l, "lora_A") and names[0] in l.lora_A for layer in base.model.layers for group in _seven(layer) for l in group)
+
+# %% ../nbs/02c_step.ipynb #i7153838
+def llama_blocks(
+    base, # a transformers model for which `is_llama`, PEFT's layers in it or not
+    ops,  # PLAIN or TRITON
+) -> tuple[list[Block], list[LoRAGroup]]: # the blocks, and all their groups
+    "A model's layers as blocks; its parameters stay where they are."
+    c, spaces, blocks = base.config, [dict(data=None, owner=None) for _ in range(4)], []
+    for i, l in enumerate(base.model.layers):
+        groups = [LoRAGroup(s, 7 * i + n, space, ops) for s, n, space in zip(_seven(l), (0, 3, 4, 6), spaces)]
+        blocks.append(Block(l.input_layernorm.weight, l.post_attention_layernorm.weight, *groups, c.num_attention_heads, c.num_key_value_heads,
+                            getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads, c.rms_norm_eps))
+    return blocks, [g for b in blocks for g in (b.qkv, b.o, b.gu, b.down)]
+
+def angles_at(
+    base,                    # as in `llama_blocks`
+    positions: torch.Tensor, # int64 [tokens]
+) -> tuple[torch.Tensor, torch.Tensor]: # cos and sin, float32 [tokens, size / 2]
+    "The rotation of every position."
+    cos, sin = base.model.rotary_emb(torch.empty(0, device=positions.device), positions[None])
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+def hold_weights(
+    groups: list[LoRAGroup], # from `llama_blocks`
+    keep: bool,              # dequantise NF4 weights now and keep them, rather than each time they are needed
+    dtype: torch.dtype,      # of the computation
+):
+    "Give every group its weight, or a place to dequantise it to."
+    for g in groups:
+        if keep or not g.quantised: g.keep(dtype)
+        elif g.workspace["data"] is None: g.workspace["data"] = torch.empty(g.shape, dtype=dtype, device=g.base[0].weight.device)
 
 # %% ../nbs/02c_step.ipynb #02c020
 @dataclass(frozen=True)
@@ -217,31 +263,19 @@ class FusedLlama:
         graphs: bool = True, # replay recorded steps where the attention allows it
         ops=None,    # PLAIN or TRITON; default: what the device can
     ):
-        base, c = model.get_base_model(), model.get_base_model().config
+        base = model.get_base_model()
         self.base, self.plan, self.device, self.dtype = base, plan, model.device, base.lm_head.weight.dtype
         rank = next(p.shape[0] for n, p in model.named_parameters() if "lora_A" in n)
-        self.ops, spaces, self.blocks = ops or (operations(self.device) if rank <= 128 else PLAIN), [dict(data=None, owner=None) for _ in range(4)], []
-        for i, l in enumerate(base.model.layers):
-            a, m = l.self_attn, l.mlp
-            sets = [a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]
-            groups = [LoRAGroup(s, 7 * i + n, space, self.ops) for s, n, space in zip(sets, (0, 3, 4, 6), spaces)]
-            self.blocks.append(Block(l.input_layernorm.weight, l.post_attention_layernorm.weight, *groups, c.num_attention_heads, c.num_key_value_heads,
-                                     getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads, c.rms_norm_eps))
-        groups, self.spaces = [g for b in self.blocks for g in (b.qkv, b.o, b.gu, b.down)], spaces
-        for g in groups:
-            if plan.keep_weights or not g.quantised: g.keep(self.dtype)
-            elif g.workspace["data"] is None: g.workspace["data"] = torch.empty(g.shape, dtype=self.dtype, device=self.device)
+        self.ops = ops or (operations(self.device) if rank <= 128 else PLAIN)
+        self.blocks, groups = llama_blocks(base, self.ops)
+        self.spaces = [g.workspace for g in groups[:4]]
+        hold_weights(groups, plan.keep_weights, self.dtype)
         self.flat = FlatParameters(p for g in groups for p in g.A + g.B)
         self.low = self.flat.whole.data if self.dtype == torch.float32 else self.flat.whole.data.to(self.dtype)
         start = 0
         for g in groups: start = g.bind(start, self.low, self.flat.grad)
         self.varlen = has_varlen(self.device, self.dtype, self.blocks[0].size)
         self.graphs = StepGraphs(self) if graphs and self.ops.name == "Triton" and self.varlen else None
-
-    def _angles(self, row):
-        cos, sin = self.base.model.rotary_emb(torch.empty(0, device=self.device), row.positions[None])
-        half = cos.shape[-1] // 2
-        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
     def _forward(self, row, angles, seed, gradient): # the stream after the last block, and what each block saved
         if self.low is not self.flat.whole.data: self.low.copy_(self.flat.whole.data)
@@ -257,7 +291,7 @@ class FusedLlama:
 
     @torch.no_grad()
     def logits(self, row: Row) -> torch.Tensor: # [tokens, vocabulary], without dropout
-        x, _ = self._forward(row := row.to(self.device), self._angles(row), None, False)
+        x, _ = self._forward(row := row.to(self.device), angles_at(self.base, row.positions), None, False)
         return self.ops.rms_norm(x, self.base.model.norm.weight, self.blocks[0].eps)[0] @ self.base.lm_head.weight.t()
 
     @torch.no_grad()
@@ -271,7 +305,7 @@ class FusedLlama:
         norm, head, ops, row = self.base.model.norm.weight, self.base.lm_head.weight, self.ops, row.to(self.device)
         items = torch.as_tensor(items, dtype=torch.float32, device=self.device)
         if seed is not None: seed = torch.as_tensor(seed, device=self.device)
-        angles, targets, learnt = self._angles(row), row.targets, slice(None)
+        angles, targets, learnt = angles_at(self.base, row.positions), row.targets, slice(None)
         x, tape = self._forward(row, angles, seed, gradient)
         n, scale = ops.rms_norm(x, norm, self.blocks[0].eps)
         if not (x.is_cuda and torch.cuda.is_current_stream_capturing()): learnt = (targets != -100).nonzero()[:, 0]  # a recording must not depend on the data
