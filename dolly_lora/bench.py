@@ -183,7 +183,7 @@ def bench_generate(
     "Write the same answers with transformers and with the decoder."
     model, tokenizer, rows, table = load_base(replace(recipe, load_in_4bit=False)), load_tokenizer(recipe), split(clean(load_dolly(recipe.dataset))[0], recipe)["train"], []
     encoded = [ids for ids in tokenizer([build_prompt(r["instruction"], r["context"]) for r in rows[:2 * prompts]]).input_ids if len(ids) <= recipe.max_length][:prompts]
-    endless = SimpleNamespace(eos_token_id=-1, pad_token_id=tokenizer.pad_token_id, pad=tokenizer.pad)
+    endless = SimpleNamespace(eos_token_id=model.config.vocab_size, pad_token_id=tokenizer.pad_token_id, pad=tokenizer.pad)
     c, on_gpu, lengths, width = model.config, torch.cuda.is_available(), [len(e) for e in encoded], model.dtype.itemsize
     cache = 2 * c.num_hidden_layers * c.num_key_value_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads) * width
     moved = new_tokens * (sum(p.numel() for p in model.model.layers.parameters()) + c.vocab_size * c.hidden_size) * width + cache * sum(new_tokens * (n + new_tokens / 2) for n in lengths)

@@ -41,10 +41,11 @@ def preflight(
     "Find what can be found before a kernel starts: data or benchmark files that are missing or broken, a base model that cannot be had."
     from transformers.training_args import OptimizerNames
     from dolly_lora.data import load_dolly
-    from dolly_lora.evaluate import load_alpaca, load_mtbench
+    from dolly_lora.alpaca import load_instructions
+    from dolly_lora.mtbench import load_questions
     if recipe.optimizer not in list(OptimizerNames): raise ConfigError(f"transformers has no optimizer {recipe.optimizer!r}{_suggest(recipe.optimizer, [str(o.value) for o in OptimizerNames])}")
     if recipe.dataset.count("/") != 1 or Path(recipe.dataset).suffix: load_dolly(recipe.dataset)   # not a hub id
-    load_alpaca(recipe.alpaca); load_mtbench(recipe.mtbench)
+    load_instructions(recipe.alpaca); load_questions(recipe.mtbench)
     if recipe.base != "tiny":
         from dolly_lora.models import locate_base
         locate_base(recipe)

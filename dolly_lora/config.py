@@ -54,9 +54,11 @@ class Recipe:
     eval_steps: int = 500                            # steps between validations, each with a checkpoint
     logging_steps: int = 10                          # steps between log lines
     test_answers: int = 0                            # test prompts answered in 03_eval (0: all)
-    alpaca: str = "sample"                           # AlpacaEval instructions: a path (.json, .json.xz) or `sample`
-    mtbench: str = "sample"                          # MT-Bench questions: a path (.jsonl) or `sample`
-    max_new_tokens: int = 512                        # longest answer, in tokens
+    alpaca: str = "sample"                           # AlpacaEval instructions: a path (.json, .json.xz), `official` or `sample`
+    mtbench: str = "sample"                          # MT-Bench questions: a path (.jsonl), `official` or `sample`
+    judge: str = "local"                             # who judges the answers: `local` (the base model itself), `local:NAME` or a model behind OPENAI_BASE_URL
+    max_new_tokens: int = 512                        # longest answer to a test prompt or in the chat, in tokens
+    benchmark_tokens: int = 1024                     # longest answer to AlpacaEval and MT-Bench (MT-Bench's own limit)
     generation_batch_size: int = 16                  # prompts answered together
 
     def __post_init__(self):
@@ -70,7 +72,7 @@ class Recipe:
             raise ConfigError(f"val_fraction={self.val_fraction}, test_fraction={self.test_fraction}: both above 0, their sum below 1")
         if not (0 <= self.lora_dropout < 1 and 0 <= self.warmup_ratio < 1 and self.weight_decay >= 0 and self.max_steps >= 0 and self.test_answers >= 0):
             raise ConfigError("lora_dropout and warmup_ratio lie in [0, 1); weight_decay, max_steps and test_answers are not negative")
-        for name in ("lora_alpha", "max_grad_norm", "max_length", "lora_r", "batch_size", "epochs", "learning_rate", "eval_steps", "logging_steps", "max_new_tokens", "generation_batch_size"):
+        for name in ("lora_alpha", "max_grad_norm", "max_length", "lora_r", "batch_size", "epochs", "learning_rate", "eval_steps", "logging_steps", "max_new_tokens", "benchmark_tokens", "generation_batch_size"):
             if not 0 < getattr(self, name) < float("inf"): raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
 
 # %% ../nbs/00_config.ipynb #535116a3
@@ -78,11 +80,11 @@ _smollm2 = dict(base="smollm2", revision="")
 _small = dict(dataset="sample", load_in_4bit=False, epochs=1.0, learning_rate=1e-3, logging_steps=1)
 
 PRESETS = {r.preset: r for r in (  # name -> Recipe
-    Recipe(**_small | dict(preset="tiny", base="tiny", revision="", max_length=256, max_steps=6, eval_steps=3, test_answers=4, max_new_tokens=8)),
-    Recipe(**_small | _smollm2 | dict(preset="demo", max_length=512, max_steps=8, eval_steps=4, max_new_tokens=64)),
-    Recipe(**_smollm2 | dict(preset="smollm2", max_new_tokens=256, generation_batch_size=768)),
-    Recipe(preset="llama2"),
-    Recipe(preset="llama2-t4", max_length=512, eval_steps=100, test_answers=200, max_new_tokens=256, generation_batch_size=4))}
+    Recipe(**_small | dict(preset="tiny", base="tiny", revision="", max_length=256, max_steps=6, eval_steps=3, test_answers=4, max_new_tokens=8, benchmark_tokens=8)),
+    Recipe(**_small | _smollm2 | dict(preset="demo", max_length=512, max_steps=8, eval_steps=4, max_new_tokens=64, benchmark_tokens=64)),
+    Recipe(**_smollm2 | dict(preset="smollm2", max_new_tokens=256, generation_batch_size=512)),
+    Recipe(preset="llama2", generation_batch_size=128),
+    Recipe(preset="llama2-t4", max_length=512, eval_steps=100, test_answers=200, max_new_tokens=256, benchmark_tokens=512, generation_batch_size=8))}
 
 # %% ../nbs/00_config.ipynb #cc7af6ab
 def parse_overrides(
@@ -178,7 +180,7 @@ def environment() -> dict: # python, packages, gpu (name and memory in GiB, or N
                 gpu=gpu and dict(name=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1)), commit=commit or os.environ.get("DOLLY_LORA_COMMIT"))
 
 # %% ../nbs/00_config.ipynb #c29f97df
-EVALUATION = {"test_answers", "alpaca", "mtbench", "max_new_tokens", "generation_batch_size", "memory"}  # fields that what is learnt does not depend on
+EVALUATION = {"test_answers", "alpaca", "mtbench", "judge", "max_new_tokens", "benchmark_tokens", "generation_batch_size", "memory"}  # fields that what is learnt does not depend on
 
 def start_run(
     recipe: Recipe, # what to run

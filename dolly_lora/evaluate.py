@@ -4,17 +4,20 @@
 
 # %% ../nbs/03_eval.ipynb #788507e1
 from __future__ import annotations
-import hashlib, json, lzma, time
+import contextlib, hashlib, json, re
 from pathlib import Path
 import numpy as np
 import torch
-from .config import Recipe, project_root, read_json, sample_path, short_path, write_json, write_text
-from .data import DataError, build_conversation, build_prompt, encode_all, normalise
-from .generate import Answer, generate
+from .alpaca import bootstrap, compare, consistency, length_control_files, length_effect, load_reference, score
+from .config import Recipe, read_json, write_json, write_text
+from .data import DataError, build_prompt, encode_all, normalise
+from .generate import Rows, generate
+from .mtbench import average_interval, grade, load_questions, load_references
+from .mtbench import score as rate
 
 # %% auto #0
-__all__ = ['MTBENCH_TEMPERATURE', 'token_losses', 'mean_loss', 'loss_difference', 'made_with', 'stored', 'fitting', 'answer_test',
-           'rouge_l', 'answer_metrics', 'load_alpaca', 'answer_alpaca', 'overlap', 'load_mtbench', 'answer_mtbench']
+__all__ = ['token_losses', 'mean_loss', 'loss_difference', 'made_with', 'answerer', 'fitting', 'answer_test', 'rouge_l',
+           'answer_metrics', 'answer_alpaca', 'overlap', 'check_pairs', 'judge_answers', 'reference_of', 'summarise']
 
 # %% ../nbs/03_eval.ipynb #ad35a68f
 @torch.inference_mode()
@@ -61,24 +64,29 @@ def loss_difference(
     low, high = np.quantile(d, [0.025, 0.975])
     return dict(difference=mean_loss(tuned)["loss"] - mean_loss(base)["loss"], low=float(low), high=float(high))
 
-# %% ../nbs/03_eval.ipynb #a580aea6
+# %% ../nbs/03_eval.ipynb #03e002
 def made_with(
-    recipe: Recipe,       # `max_new_tokens`, `seed`
-    run_dir: Path,        # holds the adapter
-    prompts: list[str],   # what is asked
-) -> dict: # the key of a set of answers
-    "What answers depend on: adapter, decoding and prompts."
-    sha = lambda b: hashlib.sha256(b).hexdigest()[:16]
-    return dict(adapter=sha((Path(run_dir) / "adapter" / "adapter_model.safetensors").read_bytes()), max_new_tokens=recipe.max_new_tokens, seed=recipe.seed, prompts=sha(json.dumps(prompts).encode()))
+    recipe: Recipe, # base and revision
+    run_dir: Path,  # holds the adapter
+    name: str,      # base or tuned
+) -> dict: # part of every answer's key
+    "What answers depend on, besides prompt and decoding."
+    adapter = hashlib.sha256((Path(run_dir) / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()[:16] if name == "tuned" else None
+    return dict(model=recipe.base, revision=recipe.revision, load_in_4bit=recipe.load_in_4bit, adapter=adapter)
 
-def stored(
-    path: Path, # JSON file
-    key: dict,  # what the result depends on
-    make,       # called without arguments if there is no result for that key; what it returns is stored
-): # the result
-    "Read a result that was made under the same key, or make it and publish it atomically."
-    if not Path(path).exists() or read_json(path)["key"] != key: write_json(path, dict(key=key, result=make()))
-    return read_json(path)["result"]
+def answerer(
+    model, tokenizer, # from `load_tuned` and `load_tokenizer`
+    recipe: Recipe,   # decoding limits and seed
+    run_dir: Path,    # answers go to RUN_DIR/answers/NAME.jsonl
+    name: str,        # base or tuned
+    log=print,        # gets the progress lines
+): # a function: prompts, temperatures (0), max_new_tokens (recipe.benchmark_tokens) to a list of Answer
+    "How base or tuned answers in this run: each prompt once."
+    rows, made = Rows(Path(run_dir) / "answers" / f"{name}.jsonl"), made_with(recipe, run_dir, name)
+    def answer(prompts, temperatures=0.0, max_new_tokens=recipe.benchmark_tokens):
+        with model.disable_adapter() if name == "base" else contextlib.nullcontext():
+            return generate(model, tokenizer, prompts, max_new_tokens, recipe.generation_batch_size, temperatures, recipe.seed, log, rows, made)
+    return answer
 
 # %% ../nbs/03_eval.ipynb #62030a04
 def fitting(
@@ -89,15 +97,14 @@ def fitting(
     "A model is asked what it could have been trained on: prompts within `max_length` tokens."
     return [r for r, e in zip(rows, encode_all(rows, tokenizer, recipe.max_length)) if e["labels"][-1] != -100]
 
-# %% ../nbs/03_eval.ipynb #646191a8
+# %% ../nbs/03_eval.ipynb #03e004
 def answer_test(
-    model, tokenizer,   # base or tuned
+    answer,             # from `answerer`
     rows: list[dict],   # test records
-    recipe: Recipe,     # `max_new_tokens`, `generation_batch_size`
-    log=print,          # gets the progress lines
+    recipe: Recipe,     # `max_new_tokens`
 ) -> list[dict]: # instruction, context, category, reference, output, n_tokens, finished
     "Greedy answers to held-out prompts, beside their references."
-    answers = generate(model, tokenizer, [build_prompt(r["instruction"], r["context"]) for r in rows], recipe.max_new_tokens, recipe.generation_batch_size, log=log)
+    answers = answer([build_prompt(r["instruction"], r["context"]) for r in rows], 0.0, recipe.max_new_tokens)
     return [dict(instruction=r["instruction"], context=r["context"], category=r["category"], reference=r["response"], output=a.text, n_tokens=a.n_tokens, finished=a.finished) for r, a in zip(rows, answers)]
 
 # %% ../nbs/03_eval.ipynb #39dafd35
@@ -117,30 +124,14 @@ def answer_metrics(
     return dict(answers=len(rows), rouge_l=rouge_l([r["output"] for r in rows], [r["reference"] for r in rows]), finished=100 * float(np.mean([r["finished"] for r in rows])),
                 mean_words=words("output"), mean_reference_words=words("reference"))
 
-# %% ../nbs/03_eval.ipynb #68934ac7
-def _read_text(path):
-    try: return (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8").read()
-    except FileNotFoundError: raise DataError(f"no file at {short_path(path)}: give the path of the official file, or `sample`") from None
-
-def load_alpaca(
-    source: str, # path of a .json or .json.xz list with `instruction`, or `sample`
-) -> list[dict]: # instruction and dataset
-    "AlpacaEval's instructions, in their order."
-    path = sample_path("alpaca_sample.json") if source == "sample" else project_root() / source
-    try: rows = json.loads(_read_text(path))
-    except json.JSONDecodeError as e: raise DataError(f"{path.name} line {e.lineno}: not JSON ({e.msg})") from None
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and isinstance(r.get("instruction"), str) for r in rows): raise DataError(f"{path.name}: every entry needs an `instruction`")
-    return [dict(instruction=r["instruction"], dataset=r.get("dataset", "unknown")) for r in rows]
-
+# %% ../nbs/03_eval.ipynb #03e007
 def answer_alpaca(
-    model, tokenizer,          # base or tuned
-    instructions: list[dict],  # from `load_alpaca`
-    generator: str,            # the name the official tools will show
-    recipe: Recipe,            # decoding limits; greedy
-    log=print,
+    answer,                   # from `answerer`
+    instructions: list[dict], # from `load_instructions`
+    generator: str,           # the name the official tools will show
 ) -> dict: # `model_outputs` in the official format, and the share `finished` in percent
-    "Answer every instruction, in the official file format."
-    answers = generate(model, tokenizer, [build_prompt(r["instruction"]) for r in instructions], recipe.max_new_tokens, recipe.generation_batch_size, log=log)
+    "Answer every instruction greedily, in the official file format."
+    answers = answer([build_prompt(r["instruction"]) for r in instructions])
     outputs = [dict(dataset=r["dataset"], instruction=r["instruction"], output=a.text, generator=generator) for r, a in zip(instructions, answers)]
     return dict(model_outputs=outputs, finished=100 * float(np.mean([a.finished for a in answers])))
 
@@ -153,36 +144,51 @@ def overlap(
     seen = {normalise(r["instruction"]) for r in train}
     return sum(normalise(p) in seen for p in prompts)
 
-# %% ../nbs/03_eval.ipynb #8b731a7c
-MTBENCH_TEMPERATURE = dict(writing=0.7, roleplay=0.7, stem=0.1, humanities=0.1, reasoning=0.0, math=0.0, coding=0.0, extraction=0.0)
+# %% ../nbs/03_eval.ipynb #03e013
+def check_pairs(
+    test: list[dict], # records
+    n: int = 50,      # pairs, at most
+) -> tuple[list[dict], list[dict]]: # in AlpacaEval's format: answers to other records, and the records' own
+    "Pairs whose winner is known: the answer people gave to an instruction, and one they gave to another."
+    shown = lambda r: r["instruction"] + (f"\n\n{r['context']}" if r["context"] else "")
+    rows = list({shown(r): r for r in test}.values())[:n]
+    make = lambda answers, who: [dict(dataset="check", instruction=shown(r), output=a["response"], generator=who) for r, a in zip(rows, answers)]
+    return make(rows[1:] + rows[:1], "another record's answer"), make(rows, "its own answer")
 
-def load_mtbench(
-    source: str, # path of the official question.jsonl, or `sample`
-) -> list[dict]: # question_id, category, turns
-    "MT-Bench's questions."
-    path = sample_path("mtbench_sample.jsonl") if source == "sample" else project_root() / source
-    rows = []
-    for n, line in enumerate(_read_text(path).splitlines(), 1):
-        if not line.strip(): continue
-        try: q = json.loads(line); rows.append(dict(question_id=q["question_id"], category=q["category"], turns=[str(t) for t in q["turns"]]))
-        except (json.JSONDecodeError, KeyError, TypeError): raise DataError(f"{path.name} line {n}: expected an object with question_id, category and turns") from None
-        if len(rows[-1]["turns"]) != 2: raise DataError(f"{path.name} line {n}: a question has two turns")
-    return rows
-
-# %% ../nbs/03_eval.ipynb #c58dfe3f
-def answer_mtbench(
-    model, tokenizer,      # base or tuned
-    questions: list[dict], # from `load_mtbench`
-    model_id: str,         # the name the official tools will show
-    recipe: Recipe,        # decoding limits and seed
+def judge_answers(
+    judge,            # from `make_judge`
+    recipe: Recipe,   # `alpaca` and `mtbench`: where instructions, questions and references come from
+    run_dir: Path,    # holds the answers; gets RUN_DIR/judgments
+    test: list[dict], # test records, for the judge's own examination
     log=print,
-) -> dict: # `rows` in the official format, and the share `finished` in percent
-    "Answer both turns of every question, the second on the model's own first."
-    turns = {q["question_id"]: [] for q in questions}
-    for turn in 0, 1:
-        prompts = [build_conversation([(q["turns"][0], a.text) for a in turns[q["question_id"]]], q["turns"][turn], tokenizer.eos_token) for q in questions]
-        answers = generate(model, tokenizer, prompts, recipe.max_new_tokens, recipe.generation_batch_size, [MTBENCH_TEMPERATURE.get(q["category"], 0.0) for q in questions], recipe.seed, log)
-        for q, a in zip(questions, answers): turns[q["question_id"]].append(a)
-    answer_id = lambda q: hashlib.sha256(f"{model_id} {q['question_id']}".encode()).hexdigest()[:22]
-    rows = [dict(question_id=q["question_id"], answer_id=answer_id(q), model_id=model_id, choices=[dict(index=0, turns=[a.text for a in turns[q["question_id"]]])], tstamp=time.time()) for q in questions]
-    return dict(rows=rows, finished=100 * float(np.mean([a.finished for t in turns.values() for a in t])))
+) -> dict: # annotations (name of the pair -> rows), judgments (MT-Bench rows), check (annotations)
+    "Let a judge read all answers of a run; what it has read before is not asked again."
+    folder, outputs = Path(run_dir) / "judgments", {n: read_json(Path(run_dir) / "answers" / "alpaca_eval" / n / "model_outputs.json") for n in ("base", "tuned")}
+    replies, reference = folder / "replies.jsonl", reference_of(recipe)
+    pairs = {"tuned against base": (outputs["base"], outputs["tuned"])} | ({f"{n} against {reference[0]['generator']}": (reference, outputs[n]) for n in outputs} if reference else {})
+    annotations = {name: compare(judge, *pair, replies, log=log) for name, pair in pairs.items()}
+    answers = [json.loads(line) for path in sorted((Path(run_dir) / "answers" / "mt_bench" / "model_answer").glob("*.jsonl")) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    graded = grade(judge, load_questions(recipe.mtbench), answers, replies, load_references("corrected" if recipe.mtbench == "official" else recipe.mtbench), log=log)
+    for name, rows in annotations.items(): write_json(folder / "alpaca_eval" / f"{name.replace(' ', '_')}.json", rows)
+    write_text(folder / "mt_bench" / "model_judgment" / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', judge.name)}_single.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in graded))
+    return dict(annotations=annotations, judgments=graded, check=compare(judge, *check_pairs(test), replies, log=log))
+
+def reference_of(recipe):
+    "AlpacaEval's reference answers, where `recipe.alpaca` has them."
+    if recipe.alpaca == "sample": return None
+    try: return load_reference(recipe.alpaca)
+    except DataError: return None  # instructions alone
+
+# %% ../nbs/03_eval.ipynb #03e015
+def summarise(
+    judge,              # who judged
+    verdicts: dict,     # from `judge_answers`
+    questions: list[dict], # MT-Bench's, for the categories
+) -> dict: # judge, official, alpaca (pair -> `score`, interval, consistency, length effect), mt_bench (`score`, interval), check
+    "Every number the verdicts give."
+    interval = lambda rows: {k: v for k, v in bootstrap(rows).items() if k != "win_rate"}
+    files = length_control_files() if judge.official else (None, None)
+    alpaca = {name: score(rows, difficulty=files[0], gamed=files[1]) | interval(rows) | dict(consistency=consistency(rows), length_effect=length_effect(rows)) for name, rows in verdicts["annotations"].items()}
+    ends = average_interval(verdicts["judgments"])
+    rated = {name: s | dict(interval=ends.get(name)) for name, s in rate(verdicts["judgments"], questions).items()}
+    return dict(judge=judge.name, official=judge.official, alpaca=alpaca, mt_bench=rated, check=bootstrap(verdicts["check"]) | dict(consistency=consistency(verdicts["check"])))

@@ -1,0 +1,122 @@
+"""Answers: the same as transformers', once each, whatever dies in between. Some of it needs a GPU."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from conftest import ROOT
+from dolly_lora.config import PRESETS, sample_path
+from dolly_lora.data import build_prompt
+from dolly_lora.generate import Rows, attend_cached, generate
+from dolly_lora.models import add_lora, load_base, load_tokenizer, tiny_model
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8, reason="no GPU of compute capability 8.0")
+PROMPTS = [build_prompt(r["instruction"]) for r in json.loads(sample_path("alpaca_sample.json").read_text())] + [build_prompt(f"Count to {n}.") for n in range(24)]
+TOKENIZER = load_tokenizer(PRESETS["tiny"])
+
+
+def both(model, **how):
+    ours = generate(model, TOKENIZER, PROMPTS, 24, **how)
+    with patch("dolly_lora.generate.is_llama", return_value=False): return ours, generate(model, TOKENIZER, PROMPTS, 24, **how)
+
+
+@pytest.mark.parametrize("slots", [1, 7, 64])
+def test_greedy_answers_are_those_of_transformers(slots):
+    model = tiny_model().eval()
+    torch.manual_seed(0)
+    for p in model.parameters():
+        if p.ndim == 2: torch.nn.init.normal_(p, std=0.2)  # so that answers differ, and some end
+    ours, theirs = both(model, batch_size=slots)
+    assert ours == theirs and len({a.text for a in ours}) > 10
+    assert len({a.finished for a in ours}) == 2, "some answers should end by themselves, others be cut off"
+
+
+def test_mixed_temperatures_and_adapters_too():
+    model = add_lora(tiny_model(), PRESETS["tiny"])
+    for n, p in model.named_parameters():
+        if "lora_B" in n: torch.nn.init.normal_(p, std=0.3)
+    ours, theirs = both(model, temperature=[(0.0, 0.7, 1.0)[i % 3] for i in range(len(PROMPTS))])
+    assert ours == theirs
+    with model.disable_adapter(): assert both(model)[0] == both(model)[1] != ours
+
+
+JOB = """
+import sys, time
+from unittest.mock import patch
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_generate import PROMPTS, TOKENIZER
+from dolly_lora.generate import Rows, generate
+from dolly_lora.models import tiny_model
+slow, add = float(sys.argv[2]), Rows.add
+def waiting(self, key, row): add(self, key, row); time.sleep(slow)
+with patch.object(Rows, "add", waiting):
+    answers = generate(tiny_model().eval(), TOKENIZER, PROMPTS, 24, 4, [0.0, 0.8] * (len(PROMPTS) // 2), rows=Rows(sys.argv[1]), made_with=dict(model="tiny"))
+print(len(answers))
+"""
+
+
+def job(path, slow=0.0): return subprocess.Popen([sys.executable, "-c", JOB, str(path), str(slow)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+
+
+def test_killed_and_started_again_gives_the_same_file_and_asks_nothing_twice(tmp_path):
+    assert job(tmp_path / "whole.jsonl").wait() == 0
+    for kills in range(3):
+        p = job(tmp_path / "killed.jsonl", 0.1)
+        n, end = (5, 12, 20)[kills], time.time() + 120
+        while time.time() < end and (not (tmp_path / "killed.jsonl").exists() or (tmp_path / "killed.jsonl").read_bytes().count(b"\n") < n): time.sleep(0.02)
+        p.send_signal(signal.SIGKILL); p.wait()
+        with open(tmp_path / "killed.jsonl", "a") as f: f.write('{"key": "torn')  # worse than what we can time
+    assert job(tmp_path / "killed.jsonl").wait() == 0
+    whole, killed = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("whole.jsonl", "killed.jsonl"))
+    assert len({r["key"] for r in killed}) == len(killed) == len(PROMPTS)
+    assert sorted(map(str, whole)) == sorted(map(str, killed))
+
+
+def test_what_an_answer_depends_on_is_in_its_key(tmp_path):
+    model, rows = tiny_model().eval(), lambda: Rows(tmp_path / "a.jsonl")
+    ask = lambda **how: generate(model, TOKENIZER, PROMPTS[:2], **dict(max_new_tokens=4, rows=rows(), made_with=dict(model="a")) | how)
+    ask()
+    for how, more in (dict(), 0), (dict(seed=7), 0), (dict(batch_size=1), 0), (dict(max_new_tokens=5), 2), (dict(temperature=1.0), 2), (dict(temperature=1.0, seed=7), 2), (dict(made_with=dict(model="b")), 2):
+        before = len(rows().rows); ask(**how)
+        assert len(rows().rows) - before == more, how
+
+
+@needs_gpu
+def test_gpu_cached_attention_kernel_equals_the_formula():
+    from dolly_lora.generate import _attend_cached_triton
+    for heads, key_heads, size in (32, 32, 128), (9, 3, 64), (4, 2, 16):
+        for dtype in torch.float32, torch.bfloat16:
+            q, (k, v), seen = torch.randn(70, heads, size, device="cuda", dtype=dtype), torch.randn(2, 70, key_heads, 300, size, device="cuda", dtype=dtype), torch.randint(1, 301, (70,), device="cuda")
+            torch.testing.assert_close(_attend_cached_triton(q, k, v, seen, 300), attend_cached(q.float(), k.float(), v.float(), seen, 300).to(dtype), atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
+
+
+@needs_gpu
+def test_gpu_recorded_decoder_equals_transformers_in_float32():
+    before = torch.get_float32_matmul_precision(); torch.set_float32_matmul_precision("highest")
+    model = tiny_model().cuda().eval()
+    assert model.dtype == torch.float32
+    ours, theirs = both(model, batch_size=16, temperature=[(0.0, 0.7)[i % 2] for i in range(len(PROMPTS))])
+    torch.set_float32_matmul_precision(before)
+    assert ours == theirs
+
+
+@needs_gpu
+def test_gpu_an_answer_in_bf16_does_not_depend_on_its_company():
+    recipe = replace(PRESETS["smollm2"], load_in_4bit=True)
+    model, tokenizer = load_base(recipe), load_tokenizer(recipe)
+    heat = [(0.0, 0.7)[i % 2] for i in range(len(PROMPTS))]
+    whole = generate(model, tokenizer, PROMPTS, 96, 32, heat)
+    class Half(dict):  # as if every second answer were there from a run before
+        def add(self, key, row): self[key] = row
+    rows = Half(); generate(model, tokenizer, PROMPTS, 96, 32, heat, rows=rows)
+    for key in list(rows)[::2]: del rows[key]
+    assert generate(model, tokenizer, PROMPTS, 96, 32, heat, rows=rows) == whole
+    assert len({a.text for a in whole}) > 30
