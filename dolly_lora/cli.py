@@ -10,7 +10,8 @@ from packaging.requirements import Requirement
 from .config import PRESETS, ConfigError, DollyError, Recipe, _suggest, load_run, project_root, read_json, resolve, short_path, start_run, write_json
 
 # %% auto #0
-__all__ = ['STAGES', 'notebooks', 'check_parameters', 'preflight', 'run', 'doctor', 'read_prompts', 'chat', 'measure', 'main']
+__all__ = ['STAGES', 'notebooks', 'check_parameters', 'preflight', 'run', 'doctor', 'read_prompts', 'chat', 'measure', 'judge',
+           'main']
 
 # %% ../nbs/06_cli.ipynb #e83f6335
 STAGES = ["01_data", "02_train", "03_eval", "04_chat", "05_report"]
@@ -197,11 +198,50 @@ def _measure_answers(bench_generate, recipe, as_json):
     bench_generate(recipe, log=lambda r: print(json.dumps(r) if as_json else next(head, "") + row(r["name"], r["slots"], f"{r['seconds']:.2f}", f"{r['tok_per_s']:,.0f}", f"{r['peak_gib']:.1f}" if r["peak_gib"] else "-", f"{r['floor_s']:.2f}"), flush=True))
     return 0
 
+# %% ../nbs/06_cli.ipynb #i6179608
+class _Counting:
+    "A judge that only notes what it is asked."
+    def __init__(self, name): self.name, self.official, self.questions = name, not name.startswith("local"), []
+    def __call__(self, questions):
+        from dolly_lora.judge import Reply
+        self.questions += questions
+        yield from ((i, Reply(error="not asked")) for i in range(len(questions)))
+
+def judge(
+    run_dir: str = "runs/demo", # whose answers
+    name: str = "",             # as `Recipe.judge`; default: the run's own
+    dry_run: bool = False,      # only say how many questions there are, and about what they cost
+) -> int: # exit status
+    "Have a run's answers judged, and put the numbers into its metrics.json."
+    from dolly_lora.data import prepare_data
+    from dolly_lora.evaluate import judge_answers, keep_verdicts, summarise
+    from dolly_lora.judge import estimate, judge_name, make_judge
+    from dolly_lora.mtbench import load_questions
+    folder = project_root() / run_dir
+    recipe = load_run(folder); recipe = dataclasses.replace(recipe, judge=name or recipe.judge)
+    if not (folder / "metrics.json").exists(): raise DollyError(f"{run_dir} has no metrics.json: run its evaluation first (dolly-lora run {recipe.preset} --run-dir {run_dir})")
+    test, quiet = prepare_data(recipe, folder)["test"], lambda line: None
+    if dry_run:
+        counting = _Counting(judge_name(recipe)); judge_answers(counting, recipe, folder, test, quiet)
+        cost = estimate(counting, counting.questions, folder / "judgments" / "replies.jsonl")
+        price = "no price" if not counting.official else "no price known" if cost["usd"] is None else f"about US$ {cost['usd']:.2f}"
+        print(f"{counting.name}: {cost['calls']:,} calls, about {cost['tokens']:,} tokens to read, {price}")
+        return 0
+    asked = make_judge(recipe)
+    verdicts = judge_answers(asked, recipe, folder, test)
+    keep_verdicts(folder, asked.name, verdicts)
+    judged = summarise(asked, verdicts, load_questions(recipe.mtbench))
+    write_json(folder / "metrics.json", read_json(folder / "metrics.json") | dict(judgments=judged))
+    for pair, s in judged["alpaca"].items(): print(f"{pair}: win rate {s['win_rate']:.1f} % (95 % interval {s['low']:.1f} to {s['high']:.1f}, {s['n_total']} pairs)")
+    for model, s in judged["mt_bench"].items(): print(f"{model}: " + ("no valid rating" if s["average"] is None else f"MT-Bench-style rating {s['average']:.2f}") + f" ({s['n_invalid']} of {s['n_rows']} invalid)")
+    print(f"judged by {asked.name}: right answer against a wrong one {judged['check']['win_rate']:.0f} %" + ("" if asked.official else "; not leaderboard numbers"))
+    return 0
+
 # %% ../nbs/06_cli.ipynb #3ebc74ea
 def main(
     argv: list[str] | None = None, # default: the process's arguments
 ) -> int: # exit status: 0, 1 for a failed stage, 2 for a mistake in the call
-    "dolly-lora run | chat | doctor | bench | report"
+    "dolly-lora run | chat | doctor | bench | judge | report"
     parser = argparse.ArgumentParser(prog="dolly-lora", description="Instruction-tune a LLaMA with QLoRA on Dolly, evaluate it, chat with it.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("run", help="run all notebooks under papermill")
@@ -217,6 +257,9 @@ def main(
     p.add_argument("--dataset", default="", help="hub id, path or sample"); p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any field of the recipe")
     p.add_argument("--generate", action="store_true", help="measure answers instead of training: 128 prompts of 128 new tokens, against transformers")
     p.add_argument("--json", action="store_true", help="a JSON line for each way")
+    p = commands.add_parser("judge", help="have a finished run's answers judged by another judge")
+    p.add_argument("--run-dir", default="runs/demo"); p.add_argument("--judge", default="", help="local, local:NAME or a model behind OPENAI_BASE_URL (default: the run's own)")
+    p.add_argument("--dry-run", action="store_true", help="how many calls, about what cost; nothing is asked")
     p = commands.add_parser("report", help="write the report of a finished run")
     p.add_argument("--run-dir", default="runs/demo"); p.add_argument("--out", default="", help="folder (default RUN_DIR/report)")
     args = parser.parse_args(argv)
@@ -232,6 +275,7 @@ def _dispatch(args):
         for what, fine, remark in doctor(): print(f"{'ok' if fine else '--'}  {what:18}{remark}")
         return 0
     if args.command == "bench": return measure(args.preset, args.base, args.peer, args.dataset, shlex.join(args.set), args.json, args.generate)
+    if args.command == "judge": return judge(args.run_dir, args.judge, args.dry_run)
     from dolly_lora.report import write_report
     run_dir = project_root() / args.run_dir
     print(short_path(write_report(run_dir, project_root() / args.out if args.out else run_dir / "report")))

@@ -17,7 +17,8 @@ from .mtbench import score as rate
 
 # %% auto #0
 __all__ = ['token_losses', 'mean_loss', 'loss_difference', 'made_with', 'answerer', 'fitting', 'answer_test', 'rouge_l',
-           'answer_metrics', 'answer_alpaca', 'overlap', 'check_pairs', 'judge_answers', 'reference_of', 'summarise']
+           'answer_metrics', 'answer_alpaca', 'overlap', 'check_pairs', 'judge_answers', 'keep_verdicts',
+           'reference_of', 'summarise']
 
 # %% ../nbs/03_eval.ipynb #ad35a68f
 @torch.inference_mode()
@@ -158,20 +159,28 @@ def check_pairs(
 def judge_answers(
     judge,            # from `make_judge`
     recipe: Recipe,   # `alpaca` and `mtbench`: where instructions, questions and references come from
-    run_dir: Path,    # holds the answers; gets RUN_DIR/judgments
+    run_dir: Path,    # holds the answers; the judge's replies go to RUN_DIR/judgments/replies.jsonl
     test: list[dict], # test records, for the judge's own examination
     log=print,
 ) -> dict: # annotations (name of the pair -> rows), judgments (MT-Bench rows), check (annotations)
     "Let a judge read all answers of a run; what it has read before is not asked again."
-    folder, outputs = Path(run_dir) / "judgments", {n: read_json(Path(run_dir) / "answers" / "alpaca_eval" / n / "model_outputs.json") for n in ("base", "tuned")}
-    replies, reference = folder / "replies.jsonl", reference_of(recipe)
+    outputs = {n: read_json(Path(run_dir) / "answers" / "alpaca_eval" / n / "model_outputs.json") for n in ("base", "tuned")}
+    replies, reference = Path(run_dir) / "judgments" / "replies.jsonl", reference_of(recipe)
     pairs = {"tuned against base": (outputs["base"], outputs["tuned"])} | ({f"{n} against {reference[0]['generator']}": (reference, outputs[n]) for n in outputs} if reference else {})
     annotations = {name: compare(judge, *pair, replies, log=log) for name, pair in pairs.items()}
     answers = [json.loads(line) for path in sorted((Path(run_dir) / "answers" / "mt_bench" / "model_answer").glob("*.jsonl")) for line in path.read_text(encoding="utf-8").split("\n") if line]
     graded = grade(judge, load_questions(recipe.mtbench), answers, replies, load_references("corrected" if recipe.mtbench == "official" else recipe.mtbench), log=log)
-    for name, rows in annotations.items(): write_json(folder / "alpaca_eval" / f"{name.replace(' ', '_')}.json", rows)
-    write_text(folder / "mt_bench" / "model_judgment" / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', judge.name)}_single.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in graded))
     return dict(annotations=annotations, judgments=graded, check=compare(judge, *check_pairs(test), replies, log=log))
+
+def keep_verdicts(
+    run_dir: Path,  # gets RUN_DIR/judgments/alpaca_eval and mt_bench
+    judge_name: str,
+    verdicts: dict, # from `judge_answers`
+):
+    "Publish verdicts in the official formats."
+    folder = Path(run_dir) / "judgments"
+    for name, rows in verdicts["annotations"].items(): write_json(folder / "alpaca_eval" / f"{name.replace(' ', '_')}.json", rows)
+    write_text(folder / "mt_bench" / "model_judgment" / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', judge_name)}_single.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in verdicts["judgments"]))
 
 def reference_of(recipe):
     "AlpacaEval's reference answers, where `recipe.alpaca` has them."

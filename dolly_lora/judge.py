@@ -16,8 +16,8 @@ from .config import DollyError, Recipe
 from .generate import Rows
 
 # %% auto #0
-__all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'ask', 'JudgeError', 'EndpointJudge', 'LocalJudge', 'make_judge',
-           'estimate', 'fetch']
+__all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'ask', 'JudgeError', 'EndpointJudge', 'LocalJudge', 'judge_name',
+           'make_judge', 'estimate', 'fetch']
 
 # %% ../nbs/03b_judge.ipynb #03b005
 @dataclass(frozen=True)
@@ -174,6 +174,13 @@ def _choice_logprobs(prompt, choices, ids, at):
     return out
 
 # %% ../nbs/03b_judge.ipynb #03b022
+def judge_name(
+    recipe: Recipe, # its `judge`, and `base`
+) -> str: # as it stands in every judgment
+    "What a recipe's judge is called."
+    kind, _, name = recipe.judge.partition(":")
+    return f"local {name or recipe.base}" if kind == "local" else recipe.judge
+
 def make_judge(
     recipe: Recipe,              # its `judge`; and the base model, for `local`
     model=None, tokenizer=None,  # of that base, if they are loaded already
@@ -181,8 +188,8 @@ def make_judge(
     "The judge that a recipe names."
     from dataclasses import replace
     from dolly_lora.models import load_base, load_tokenizer
-    if not recipe.judge.startswith("local"): return EndpointJudge(recipe.judge)
-    name = recipe.judge.partition(":")[2]
+    kind, _, name = recipe.judge.partition(":")
+    if kind != "local": return EndpointJudge(recipe.judge)
     if name: recipe = replace(recipe, base=name, revision="")
     if name or model is None: model, tokenizer = load_base(recipe), load_tokenizer(recipe)
     return LocalJudge(model, tokenizer, recipe.base)

@@ -11,8 +11,8 @@ from .config import read_json, save_fig, write_json, write_text
 
 # %% auto #0
 __all__ = ['MODELS', 'REFERENCES', 'STYLE', 'collect', 'section_summary', 'section_dataset', 'section_implementation',
-           'section_training', 'section_evaluation', 'section_hardware', 'section_speed', 'section_discussion',
-           'report_markdown', 'write_report']
+           'section_training', 'section_evaluation', 'section_judged', 'section_hardware', 'section_speed',
+           'section_discussion', 'report_markdown', 'write_report']
 
 # %% ../nbs/05_report.ipynb #67db016e
 def collect(
@@ -94,12 +94,28 @@ def section_evaluation(r: dict) -> str: # `r` from `collect`; Markdown
     rows = [["test loss (nats a token)", b["loss"], t["loss"]], ["perplexity", b["perplexity"], t["perplexity"]], ["ROUGE-L (%)", b["rouge_l"], t["rouge_l"]],
             ["answers that end by themselves (%)", b["finished"], t["finished"]], [f"mean words (references: {t['mean_reference_words']:.0f})", b["mean_words"], t["mean_words"]]]
     for key, name in ("alpaca_eval", "AlpacaEval"), ("mt_bench", "MT-Bench"):
-        if key in e: rows += [[f"{name}-shaped prompts ({e[key]['prompts']}, {e[key]['source']}): end by themselves (%)", e[key]["base"]["finished"], e[key]["tuned"]["finished"]]]
+        rows += [[f"{name}{'-shaped sample' if e[key]['source'] == 'sample' else ''} ({e[key]['prompts']} prompts, {e[key]['in_training']} of them in the training split): answers that end by themselves (%)", e[key]["base"]["finished"], e[key]["tuned"]["finished"]]]
     shown = [[x["instruction"] + (f"\n\n({x['context']})" if x["context"] else ""), x["before"] + ("" if x["before_finished"] else " …"), x["after"] + ("" if x["after_finished"] else " …"), x["reference"]] for x in r["before_after"]]
     return (f"Both models are the same weights with the adapter off and on. Losses are over {b['tokens']:,} response tokens of {r['data']['splits']['test']:,} test records; {t['answers']:,} of their prompts were answered greedily, up to {r['recipe']['max_new_tokens']} tokens.\n\n"
             + _table(["", "base", "tuned"], rows) + _figure("test_loss", "Test loss by category, base and tuned.") + _figure("answer_lengths", "Length of the answers to test prompts.")
-            + "\nNo judge has read these answers: AlpacaEval win rates and MT-Bench ratings are not part of this report. The answers lie in the official formats, ready for one.\n"
             + f"\n### Before and after\n\nQuestions written for this course, none of them trained on; up to {min(80, r['recipe']['max_new_tokens'])} tokens each (… marks an answer that was cut off).\n\n" + _table(["instruction", "before", "after", "reference"], shown))
+
+# %% ../nbs/05_report.ipynb #i4351199
+def section_judged(r: dict) -> str: # `r` from `collect`; Markdown
+    "Win rates and ratings, after what they are worth."
+    j = r["evaluation"]["judgments"]; c, who = j["check"], MODELS.get(j["judge"].removeprefix("local "), j["judge"].removeprefix("local "))
+    warning = "" if j["official"] else (f"> **These are not leaderboard numbers.** The judge is {who}, run locally, which reads its own probabilities for the possible verdicts. Published AlpacaEval win rates and MT-Bench scores are GPT-4's verdicts; nothing here can be compared with them.\n\n")
+    worth = ("It tells right from wrong." if c["low"] > 90 else "That is better than guessing, and not reliable." if c["low"] > 50 else "That is guessing: **the numbers below say how the evaluation works, not how good the answers are.**")
+    number = lambda v: "–" if v is None else f"{v:.1f}"
+    pairs = [[name, number(s["win_rate"]), f"{s['low']:.1f} to {s['high']:.1f}", number(s["length_controlled_winrate"]), s["n_total"], s["consistency"]["invalid"]] for name, s in j["alpaca"].items()]
+    habits = [[name, *map(number, (s["consistency"]["contradicted"], s["consistency"]["first"], s["length_effect"]["longer"]["win_rate"], s["length_effect"]["shorter"]["win_rate"]))] for name, s in j["alpaca"].items()]
+    rated = [[m, *(f"{s[k]:.2f}" for k in ("turn1", "turn2", "average")), "{:.2f} to {:.2f}".format(*s["interval"]), s["n_rows"], s["n_invalid"]] for m, s in j["mt_bench"].items()]
+    return (f"{warning}**Can it judge?** Shown the answer that people wrote to a test instruction and one that they wrote to another, it takes the right one with {c['win_rate']:.0f} % (95 % interval {c['low']:.0f} to {c['high']:.0f}; a coin has 50, a reader 100), and changes its verdict with the order in {c['consistency']['contradicted']:.0f} % of the pairs. {worth}\n"
+            + _figure("win_rates", "Win rates with their 95 % intervals; every pair was judged in both orders.")
+            + "\n" + _table(["AlpacaEval", "win rate %", "95 %", "length-controlled", "pairs", "invalid"], pairs)
+            + "\n\nThe judge's habits on the same pairs, in percent:\n\n" + _table(["", "turns with the order", "goes to the first place", "win rate where longer", "where shorter"], habits)
+            + _figure("mtbench_radar", "MT-Bench: mean rating by category.") + _figure("mtbench_turns", "MT-Bench: turn 1 and turn 2.")
+            + "\n" + _table(["MT-Bench", "turn 1", "turn 2", "average", "95 %", "ratings", "invalid"], rated))
 
 # %% ../nbs/05_report.ipynb #e7006d1e
 def section_hardware(r: dict) -> str: # `r` from `collect`; Markdown
@@ -117,14 +133,21 @@ def section_speed(r: dict) -> str: # `r` from `collect`; Markdown
     s = r["training"]["summary"]
     graphs = f" {s['graphs']} lengths of rows were recorded as CUDA graphs in {s['graph_seconds']:.0f} s." if s["graphs"] else ""
     text = (f"Padded four by four, a step would have computed {s['padding']:.2f} positions for each real token; rows without padding compute one. Engine: {s['engine']}; {s['memory']}.{graphs}\n" + _figure("padding", "What padding would have cost."))
-    for base in dict.fromkeys(b["base"] for b in r["bench"]):
-        rows = [b for b in r["bench"] if b["base"] == base]
+    for base, rows in _steps(r).items():
         best, first = min(rows, key=lambda b: b["s_per_step"]), rows[0]
         text += (f"\n### {first['model']}: a step of {first.get('batch_size', 16)} examples, several ways\n\nAll on the same records ({first['tokens_per_step']:,.0f} real tokens a step) and the same {first['device']}, in one run; its large matrix products reach {first['matrix_tflops']:.0f} TFLOP/s, "
                  f"at which the arithmetic of a step takes {first['floor_s']:.3f} s. `{best['name']}` is {first['s_per_step'] / best['s_per_step']:.1f} times as fast as `{first['name']}`.\n\n"
                  + _table(["", "s a step", "real tokens/s", "peak GiB", "utilisation", "full recipe"], [[b["name"], f"{b['s_per_step']:.3f}", round(b["tok_per_s"]), f"{b['peak_gib']:.1f}" if b["peak_gib"] else "", f"{b['model_flops_utilisation']:.0%}", f"{b['full_recipe_min']:.1f} min"] for b in rows])
                  + _figure("ablation_" + re.sub(r"\W+", "_", base), "What a step's time goes into; *waiting* is a card with nothing to do. Utilisation counts the arithmetic of the recipe, not what a way computes twice."))
+    written = [b for b in r["bench"] if "new_tokens" in b]
+    if written: text += (f"\n### {written[0]['model']}: writing {written[0]['prompts']} answers of {written[0]['new_tokens']} tokens\n\nThe same prompts on the same {written[0]['device']}, bf16, in one run; reading the weights and the cache takes {written[0]['floor_s']:.2f} s at the card's rate.\n\n"
+                         + _table(["", "prompts at a time", "seconds", "new tokens/s", "peak GiB"], [[b["name"], b["slots"], f"{b['seconds']:.2f}", round(b["tok_per_s"]), f"{b['peak_gib']:.1f}" if b["peak_gib"] else ""] for b in written]))
     return text
+
+def _steps(r):
+    "Rows of measured training steps by base model."
+    rows = [b for b in r["bench"] if "s_per_step" in b]
+    return {base: [b for b in rows if b["base"] == base] for base in dict.fromkeys(b["base"] for b in rows)}
 
 # %% ../nbs/05_report.ipynb #fd6d3ea8
 def section_discussion(r: dict) -> str: # `r` from `collect`; Markdown
@@ -142,11 +165,11 @@ def section_discussion(r: dict) -> str: # `r` from `collect`; Markdown
     late = "the best checkpoint is the last: more steps might help" if s["best_step"] == s["steps"] else f"the best checkpoint is not the last ({s['best_step']:,} of {s['steps']:,}): longer training on these data did not help"
     bullets = lambda lines: "".join(f"- {x}\n" for x in lines) or "- Nothing that was measured.\n"
     limits = [f"One run with one seed ({r['recipe']['seed']}); the interval above covers the choice of test records only.", "Loss and ROUGE-L compare with one reference answer; a good answer in other words scores badly.",
-              "No judge, human or model, has rated the answers."] + ([f"{_model(r)} stands in for LLaMA-2-7B: its numbers say nothing about the larger model's."] if "Llama-2" not in r["recipe"]["base"] else []) \
+              "No human has rated the answers." + ("" if e["judgments"]["official"] else " The judge was a local model; its win rates and ratings compare with no published ones.")] + ([f"{_model(r)} stands in for LLaMA-2-7B: its numbers say nothing about the larger model's."] if "Llama-2" not in r["recipe"]["base"] else []) \
              + (["The base model is an *Instruct* model, tuned before in another template: part of the gain is learning this one."] if r["recipe"]["base"] == "smollm2" else []) \
              + (["The benchmark-shaped prompts are the course's own few, not the official sets."] if r["recipe"]["alpaca"] == "sample" else [])
     return (f"**What improved**\n\n{bullets(better)}\n**What did not**\n\n{bullets(worse)}\nIn training, {late}.\n\n**Limitations**\n\n{bullets(limits)}\n**Future work**\n\n"
-            + bullets(["Judge the answers: win rate against a reference (AlpacaEval 2) and ratings of two turns (MT-Bench).", "Repeat with three seeds, to put an interval on training itself."] + ([] if "Llama-2" in r["recipe"]["base"] else ["Run the `llama2` preset where its weights may be used."])))
+            + bullets(([] if e["judgments"]["official"] else ["Let the judge of the published tables read the answers: `dolly-lora judge --judge gpt-4-1106-preview`."]) + ["Repeat with three seeds, to put an interval on training itself."] + ([] if "Llama-2" in r["recipe"]["base"] else ["Run the `llama2` preset where its weights may be used."])))
 
 REFERENCES = """- T. Dettmers, A. Pagnoni, A. Holtzman, L. Zettlemoyer: QLoRA: Efficient Finetuning of Quantized LLMs. 2023. arXiv:2305.14314
 - E. Hu et al.: LoRA: Low-Rank Adaptation of Large Language Models. 2021. arXiv:2106.09685
@@ -169,7 +192,7 @@ def report_markdown(
     r: dict, # from `collect`
 ) -> str: # the whole report
     "All sections in their order."
-    sections = {"Dataset": section_dataset, "Implementation": section_implementation, "Training results": section_training, "Evaluation results": section_evaluation,
+    sections = {"Dataset": section_dataset, "Implementation": section_implementation, "Training results": section_training, "Evaluation results": section_evaluation, "Judged by a model": section_judged,
                 "Hardware and run time": section_hardware, "Speed": section_speed, "Discussion": section_discussion}
     body = "\n\n".join(f"## {title}\n\n{make(r)}" for title, make in sections.items())
     return f"# Instruction-tuning {_model(r)} with {_method(r)}\n\n{section_summary(r)}\n\n{body}\n\n## References\n\n{REFERENCES}"
@@ -182,9 +205,8 @@ def write_report(
     "Write the report of a run: one self-contained page, its figures, and every number in it."
     from markdown_it import MarkdownIt
     r, run_dir, report_dir = collect(run_dir), Path(run_dir), Path(report_dir)
-    for base in dict.fromkeys(b["base"] for b in r["bench"]):
+    for base, rows in _steps(r).items():
         from dolly_lora.kernels import plot_ablation
-        rows = [b for b in r["bench"] if b["base"] == base]
         save_fig(plot_ablation(rows), run_dir, "ablation_" + re.sub(r"\W+", "_", base), "Seconds a step, by what the card does: " + "; ".join(f"{b['name']} {b['s_per_step']:.3f}" for b in rows) + f". The arithmetic alone: {rows[0]['floor_s']:.3f}.")
     def embed(match):
         svg = run_dir / "figures" / match[1]
