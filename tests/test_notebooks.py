@@ -84,4 +84,7 @@ def test_committed_report_is_of_a_gpu_run_on_the_whole_of_dolly():
     results, page = json.loads((ROOT / "report/results.json").read_text()), (ROOT / "report/report.html").read_text()
     assert results["environment"]["gpu"] and results["data"]["cleaning"]["read"] == 15011 and results["recipe"]["epochs"] == 3 and results["recipe"]["batch_size"] == 16
     assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "not LLaMA-2-7B" in page
-    assert {p.stem for p in (ROOT / "report/figures").glob("*.svg")} == {"categories", "token_lengths", "padding", "training_curves", "ablation_random_7b", "ablation_smollm2", "test_loss", "answer_lengths"}
+    judged = results["evaluation"]["judgments"]
+    assert judged["alpaca"]["tuned against base"]["n_total"] == 805 and {m["n_rows"] for m in judged["mt_bench"].values()} == {160}
+    assert judged["official"] or "not leaderboard numbers" in page
+    assert {p.stem for p in (ROOT / "report/figures").glob("*.svg")} == {"categories", "token_lengths", "padding", "training_curves", "ablation_random_7b", "ablation_smollm2", "test_loss", "answer_lengths", "win_rates", "mtbench_radar", "mtbench_turns"}
