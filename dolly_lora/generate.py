@@ -135,9 +135,9 @@ class Decoder:
         capacity: int,       # tokens of prompt and answer together, at most
         max_new_tokens: int, # of an answer
     ):
-        self.base, self.eos, self.row, self.graph = (base := _base(model)), eos, 2048 if model.device.type == "cuda" else 0, None
-        self.blocks, groups = llama_blocks(base, operations(base.device))
-        self.attend = attend_cached if self.blocks[0].qkv.ops is PLAIN else _attend_cached_triton
+        self.base, self.eos, self.graph, ops = (base := _base(model)), eos, None, operations(model.device)
+        self.blocks, groups = llama_blocks(base, ops)
+        self.row, self.attend = (0, attend_cached) if ops is PLAIN else (2048, _attend_cached_triton)  # tokens of a row of prompts; 0: as they come
         hold_weights(groups, _room(base) > 0, base.lm_head.weight.dtype)
         for g in groups:
             if g.A: low = torch.cat([p.detach().flatten() for p in g.A + g.B]).to(base.lm_head.weight.dtype); g.bind(0, low, low)
