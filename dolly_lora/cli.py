@@ -201,7 +201,7 @@ def _measure_answers(bench_generate, recipe, as_json):
 # %% ../nbs/06_cli.ipynb #i6179608
 class _Counting:
     "A judge that only notes what it is asked."
-    def __init__(self, name): self.name, self.official, self.questions = name, not name.startswith("local"), []
+    def __init__(self, name, official): self.name, self.official, self.questions = name, official, []
     def __call__(self, questions):
         from dolly_lora.judge import Reply
         self.questions += questions
@@ -222,7 +222,7 @@ def judge(
     if not (folder / "metrics.json").exists(): raise DollyError(f"{run_dir} has no metrics.json: run its evaluation first (dolly-lora run {recipe.preset} --run-dir {run_dir})")
     test, quiet = prepare_data(recipe, folder)["test"], lambda line: None
     if dry_run:
-        counting = _Counting(judge_name(recipe)); judge_answers(counting, recipe, folder, test, quiet)
+        counting = _Counting(judge_name(recipe), recipe.judge.partition(":")[0] != "local"); judge_answers(counting, recipe, folder, test, quiet)
         cost = estimate(counting, counting.questions, folder / "judgments" / "replies.jsonl")
         price = "no price" if not counting.official else "no price known" if cost["usd"] is None else f"about US$ {cost['usd']:.2f}"
         print(f"{counting.name}: {cost['calls']:,} calls, about {cost['tokens']:,} tokens to read, {price}")

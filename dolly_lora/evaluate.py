@@ -179,8 +179,9 @@ def keep_verdicts(
 ):
     "Publish verdicts in the official formats."
     folder = Path(run_dir) / "judgments"
-    for name, rows in verdicts["annotations"].items(): write_json(folder / "alpaca_eval" / f"{name.replace(' ', '_')}.json", rows)
-    write_text(folder / "mt_bench" / "model_judgment" / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', judge_name)}_single.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in verdicts["judgments"]))
+    who = re.sub(r"[^A-Za-z0-9.-]+", "-", judge_name)
+    for name, rows in verdicts["annotations"].items(): write_json(folder / "alpaca_eval" / who / f"{name.replace(' ', '_')}.json", rows)
+    write_text(folder / "mt_bench" / "model_judgment" / f"{who}_single.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in verdicts["judgments"]))
 
 def reference_of(recipe):
     "AlpacaEval's reference answers, where `recipe.alpaca` has them."

@@ -134,11 +134,12 @@ class Decoder:
         slots: int,          # prompts at a time
         capacity: int,       # tokens of prompt and answer together, at most
         max_new_tokens: int, # of an answer
+        keep: bool = True,   # hold NF4 weights dequantised
     ):
         self.base, self.eos, self.graph, ops = (base := _base(model)), eos, None, operations(model.device)
         self.blocks, groups = llama_blocks(base, ops)
         self.row, self.attend = (0, attend_cached) if ops is PLAIN else (2048, _attend_cached_triton)  # tokens of a row of prompts; 0: as they come
-        hold_weights(groups, _room(base) > 0, base.lm_head.weight.dtype)
+        hold_weights(groups, keep, base.lm_head.weight.dtype)
         for g in groups:
             if g.A: low = torch.cat([p.detach().flatten() for p in g.A + g.B]).to(base.lm_head.weight.dtype); g.bind(0, low, low)
         new = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=base.device)
@@ -208,27 +209,29 @@ def _chunks(lengths, most):
     return out
 
 def _room(base):
-    "Bytes a card has left for the cache with the weights kept ready; below 0: keep them in 4-bit."
-    if base.device.type == "cpu": return 2**62
+    "Bytes a card has for the cache, and what NF4 weights take of them when they are kept dequantised."
+    if base.device.type == "cpu": return 2**62, 0
     free, width = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), base.lm_head.weight.element_size()
     linears = [getattr(m, "base_layer", m) for layer in base.model.layers for m in layer.modules() if hasattr(m, "in_features") and not hasattr(m, "lora_A")]
-    return 0.85 * free - 2**30 - sum(l.in_features * l.out_features * width for l in linears if hasattr(l.weight, "quant_state"))
+    return 0.85 * free - 2**30, sum(l.in_features * l.out_features * width for l in linears if hasattr(l.weight, "quant_state"))
 
 # %% ../nbs/03a_generate.ipynb #03a025
 def _slots(model, lengths, max_new_tokens, batch_size):
-    "Slots and the capacity of each."
+    "Slots, the capacity of each, and whether to keep the weights dequantised."
     base, capacity = _base(model), max(lengths) + max_new_tokens
     c, width = base.config, base.lm_head.weight.element_size()
     size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     row = 2 * c.num_hidden_layers * c.num_key_value_heads * size * width * capacity + 16 * c.vocab_size  # cache, and logits in float32 while a token is chosen
-    room = _room(base)
-    if room < 0: room = 0.85 * torch.cuda.mem_get_info()[0] - 2**30
-    return max(1, min(batch_size, len(lengths), int(room // row))), capacity
+    room, weights = _room(base)
+    fit, most = [max(1, min(batch_size, len(lengths), int(r // row))) for r in (room - weights, room)]
+    keep = room > weights + row and 2 * fit >= most
+    return fit if keep else most, capacity, keep
 
 def _decode(model, tokenizer, encoded, temperature, draws, max_new_tokens, slots, todo):
     "Yield (number, ids) of the prompts `todo` as they are finished."
-    slots, capacity = _slots(model, [len(e) for e in encoded], max_new_tokens, slots)
-    decoder = Decoder(model, tokenizer.eos_token_id, slots, capacity, max_new_tokens)
+    slots, capacity, keep = _slots(model, [len(e) for e in encoded], max_new_tokens, slots)
+    try: decoder = Decoder(model, tokenizer.eos_token_id, slots, capacity, max_new_tokens, keep)
+    except torch.OutOfMemoryError as e: e.slots = slots; raise
     waiting, at = deque(sorted(todo, key=lambda i: -len(encoded[i]))), {}
     while waiting or at:
         free = [s for s in range(slots) if s not in at]
@@ -247,10 +250,9 @@ class Rows:
         path: Path, # made with the first row
     ):
         self.path, self.rows = Path(path), {}
-        if not self.path.exists(): return
-        data = self.path.read_bytes()
+        data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[:data.rfind(b"\n") + 1]
-        if whole != data: os.truncate(self.path, len(whole))  # torn by the end of a process
+        self.torn = len(whole) if whole != data else None  # a process ended in the middle of a line
         for n, line in enumerate(whole.splitlines(), 1):
             try: row = json.loads(line); self.rows[row.pop("key")] = row
             except (ValueError, KeyError, AttributeError): raise DollyError(f"{self.path} line {n} is not a row of this file: delete the line and run again") from None
@@ -259,8 +261,9 @@ class Rows:
     def __getitem__(self, key: str) -> dict: return self.rows[key]
 
     def add(self, key: str, row: dict):
-        "Append a row, on disk before this returns."
+        "Append a row; it survives the end of this process."
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.torn is not None: os.truncate(self.path, self.torn); self.torn = None
         with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(dict(key=key) | row, ensure_ascii=False) + "\n")
         self.rows[key] = row
 
@@ -279,26 +282,29 @@ def generate(
     made_with: dict | None = None, # what else the answers depend on: model, revision, adapter
 ) -> list[Answer]: # in the order of `prompts`
     "Answer every prompt once; greedy unless a temperature is given."
-    heat = np.array(temperature if isinstance(temperature, list) else [temperature] * len(prompts), np.float32)
+    heat = np.broadcast_to(np.asarray(temperature, np.float32), len(prompts))
     decoding = lambda t: dict(max_new_tokens=max_new_tokens) | (dict(temperature=float(t), seed=seed) if t else dict(temperature=0.0))
     keys = [hashlib.sha256(json.dumps([p, made_with, decoding(t)], sort_keys=True).encode()).hexdigest()[:32] for p, t in zip(prompts, heat)]
     done = {k: Answer(**rows[k]) for k in keys if rows and k in rows}
     each, encoded = {k: i for i, k in reversed(list(enumerate(keys)))}, tokenizer(prompts).input_ids if prompts else []   # a prompt that comes twice is asked once
     draws = [_draws(p, seed, max_new_tokens) if t else np.zeros(max_new_tokens, np.float32) for p, t in zip(prompts, heat)]
     way, training, start, shown, made = _decode if _decodes(model) else _plain, model.training, time.time(), time.time(), 0
-    model.eval()
+    limit = getattr(model.config, "max_position_embeddings", None) or 10**9
+    for n, ids in enumerate(encoded, 1):
+        if not 0 < len(ids) <= limit - max_new_tokens: raise DollyError(f"prompt {n} has {len(ids):,} tokens; with {max_new_tokens:,} new ones the model has room for {limit:,}: " + ("shorten it" if ids else "write something"))
     while todo := [i for k, i in each.items() if k not in done]:
+        model.eval()
         try:
             for i, ids in way(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, todo):
                 done[keys[i]] = answer = _answer(ids, tokenizer); made += answer.n_tokens
                 if rows is not None: rows.add(keys[i], asdict(answer))
                 left = len(each) - len(done)
                 if time.time() - shown > 10 or not left: shown = time.time(); log(_progress(len(done), len(each), len(todo) - left, made, shown - start))
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as e:
+            batch_size = getattr(e, "slots", min(batch_size, len(each)))
             if batch_size == 1: raise DollyError(f"out of GPU memory with one prompt of {max(len(encoded[i]) for i in todo)} tokens: set a smaller max_new_tokens or a shorter prompt") from None
-            batch_size = max(1, min(batch_size, len(each)) // 2); log(f"out of memory: {batch_size} prompts at a time from here")
-        finally: torch.cuda.empty_cache()
-    model.train(training)
+            batch_size //= 2; log(f"out of memory: {batch_size} prompts at a time from here")
+        finally: torch.cuda.empty_cache(); model.train(training)
     return [done[k] for k in keys]
 
 def _progress(done, all_, now, tokens, seconds):

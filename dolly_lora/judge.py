@@ -14,6 +14,7 @@ import httpx
 import torch
 from .config import DollyError, Recipe
 from .generate import Rows
+from .step import is_llama
 
 # %% auto #0
 __all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'ask', 'JudgeError', 'EndpointJudge', 'LocalJudge', 'judge_name',
@@ -85,41 +86,48 @@ class EndpointJudge:
         tries: int = 6,       # for a question
         wait: float = 1.0,    # seconds before the second try; doubles
     ):
-        self.model, self.name, self.workers, self.tries, self.wait, self.failures = model, model, workers, tries, wait, 0
-        self.url, key = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").rstrip("/"), os.environ.get("OPENAI_API_KEY", "")
+        self.model, self.name, self.workers, self.tries, self.wait = model, model, workers, tries, wait
+        self.url, key = (os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").rstrip("/"), os.environ.get("OPENAI_API_KEY", "")
         if not key and "api.openai.com" in self.url: raise JudgeError(f"judge {model}: OPENAI_API_KEY is not set: set it, or OPENAI_BASE_URL to a server of your own, or take judge=local")
+        if not key.isascii(): raise JudgeError("OPENAI_API_KEY has characters that no key has: copy it again")
         self.client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {}, limits=httpx.Limits(max_connections=workers))
 
     def __call__(self, questions):
-        self.failures = 0
-        with ThreadPoolExecutor(self.workers) as pool:
-            numbers = {pool.submit(self._ask, q): i for i, q in enumerate(questions)}
-            try:
-                for f in as_completed(numbers): yield numbers[f], f.result()
-            except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
+        self.over, self.problem, self.served, self.lost, pool = threading.Event(), "", False, 0, ThreadPoolExecutor(self.workers)
+        numbers = {pool.submit(self._ask, q): i for i, q in enumerate(questions)}
+        try:
+            for f in as_completed(numbers):  # after a fatal answer, too: what is under way is paid for
+                if reply := f.result(): yield numbers[f], reply
+        finally: self.over.set(); pool.shutdown(wait=False, cancel_futures=True)
+        if self.problem: raise JudgeError(self.problem)
+
+    def _stop(self, problem): self.problem = problem; self.over.set()
 
     def _ask(self, q):
         body = dict(model=self.model, messages=[dict(role=r, content=t) for r, t in q.messages], temperature=0, max_tokens=q.max_tokens) | (dict(logprobs=True, top_logprobs=5) if q.choices else {})
         for n in range(self.tries):
-            if self.failures >= 5 * self.tries: raise JudgeError(f"{self.url} does not answer ({self.problem}): what was judged is kept; look at the server and run again")
+            if self.over.is_set(): return None
             after = ""
             try:
                 response = self.client.post(f"{self.url}/chat/completions", json=body)
-                reply, after = self._reply(q, response), response.headers.get("retry-after", "")
-            except JudgeError: raise
-            except (httpx.TransportError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e: reply = Reply(error=f"{type(e).__name__}: {e}"[:200])
-            if not reply.error: self.failures = 0
+                after, reply = response.headers.get("retry-after", ""), self._reply(q, response)
+            except (httpx.HTTPError, httpx.InvalidURL, RecursionError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e: reply = Reply(error=f"{type(e).__name__}: {e}"[:200])
+            if not reply.error: self.lost, self.served = 0, True
             if not reply.error or reply.error.startswith("refused"): return reply
-            self.failures, self.problem = self.failures + 1, reply.error
-            if n + 1 < self.tries: time.sleep(min(60.0, float(after) if after.isdigit() else self.wait * 2**n * (0.5 + random.random())))
+            if n + 1 < self.tries: self.over.wait(min(60.0, float(after) if after.isdigit() else self.wait * 2**n * (0.5 + random.random())))
+        self.lost += 1
+        if self.lost > self.workers: self._stop(f"{self.url} does not answer ({reply.error}): what was judged is kept; look at the server and run again")
         return reply
 
     def _reply(self, q, response):
-        if response.status_code in (401, 403, 404): raise JudgeError(f"{self.url} says {response.status_code} for model {self.model}: {response.text[:120]!r}: check OPENAI_BASE_URL, OPENAI_API_KEY and the model's name")
-        if response.status_code == 429 or response.status_code >= 500: return Reply(error=f"HTTP {response.status_code}")
-        if response.status_code != 200: return Reply(error=f"refused: HTTP {response.status_code}: {response.text[:120]!r}")
+        status, told = response.status_code, response.text[:120]
+        if status == 401 or status in (403, 404) and not self.served: self._stop(f"{self.url} says {status} for model {self.model}: {told!r}: check OPENAI_BASE_URL, OPENAI_API_KEY and the model's name")
+        if status == 429 or status >= 500: return Reply(error=f"HTTP {status}: {told!r}")
+        if status != 200: return Reply(error=f"refused: HTTP {status}: {told!r}")
         choice = response.json()["choices"][0]
         text, top = choice["message"]["content"] or "", ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs")
+        if not isinstance(text, str): raise TypeError("the reply's content is not a text")
+        text.encode()  # half a character would end the file
         return Reply(text, {t["token"]: float(t["logprob"]) for t in top if t["token"] in q.choices} if top and q.choices else None)
 
 # %% ../nbs/03b_judge.ipynb #03b018
@@ -152,12 +160,14 @@ class LocalJudge:
             n = next((n for n in range(len(order), 1, -1) if n * len(order[n - 1]) <= self.tokens), 1)
             chunk, order = order[:n], order[n:]
             ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for c in chunk], batch_first=True).to(base.device)   # a causal model does not see what comes after
-            last = base.model(input_ids=ids, use_cache=False).last_hidden_state[range(n), [len(c) - 1 for c in chunk]]
-            for c, row in zip(chunk, base.lm_head(last).float().log_softmax(-1).cpu()): at[c] = row
+            place = range(n), [len(c) - 1 for c in chunk]
+            if is_llama(base): logits = base.lm_head(base.model(input_ids=ids, use_cache=False).last_hidden_state[place])  # not the whole [rows, tokens, vocabulary]
+            else: logits = base(input_ids=ids, use_cache=False).logits[place]
+            for c, row in zip(chunk, logits.float().log_softmax(-1).cpu()): at[c] = row
         return at
 
     def __call__(self, questions):
-        limit, plain = self.model.config.max_position_embeddings, getattr(self.model, "disable_adapter", contextlib.nullcontext)
+        limit, plain = getattr(self.model.config, "max_position_embeddings", 10**9), getattr(self.model, "disable_adapter", contextlib.nullcontext)
         for start in range(0, len(questions), 64):
             group = {start + n: (tuple(self._prompt(q)), q, self._choices(q)) for n, q in enumerate(questions[start:start + 64])}
             long = {i for i, (p, _, _) in group.items() if len(p) + 8 > limit}

@@ -4,7 +4,7 @@
 
 # %% ../nbs/03d_mtbench.ipynb #03d002
 from __future__ import annotations
-import hashlib, itertools, json, lzma, math, re, time
+import hashlib, itertools, json, lzma, math, re
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -91,7 +91,7 @@ def answer_mtbench(
         history = [[(q, a.text)] for q, a in zip(first, answered[0])] if turn else [[] for _ in questions]
         answered.append(generate([build_conversation(h, q["turns"][turn], eos_token) for h, q in zip(history, questions)], temperatures))
     answer_id = lambda q: hashlib.sha256(f"{model_id} {q['question_id']}".encode()).hexdigest()[:22]
-    rows = [dict(question_id=q["question_id"], answer_id=answer_id(q), model_id=model_id, choices=[dict(index=0, turns=[a.text, b.text])], tstamp=time.time())
+    rows = [dict(question_id=q["question_id"], answer_id=answer_id(q), model_id=model_id, choices=[dict(index=0, turns=[a.text, b.text])], tstamp=0)
             for q, a, b in zip(questions, *answered)]
     return dict(rows=rows, finished=100 * float(np.mean([a.finished for turn in answered for a in turn])))
 
@@ -212,7 +212,7 @@ def grade(
     tasks = [(model, q, turn, *judge_question(judge, prompts, q, [given[q["question_id"]]], references.get(q["question_id"], ()), turn))
              for model, given in _by_model(answers, questions).items() for q in questions for turn in (1, 2)]
     verdicts = _consult(judge, [(q, name, question) for _, q, _, name, question in tasks], rating, -1, path, log)
-    return [dict(question_id=q["question_id"], model=model, judge=[judge.name, name], user_prompt=question.messages[-1][1], judgment=text, score=value, turn=turn, tstamp=time.time())
+    return [dict(question_id=q["question_id"], model=model, judge=[judge.name, name], user_prompt=question.messages[-1][1], judgment=text, score=value, turn=turn, tstamp=0)
             for (model, q, turn, name, question), (value, text) in zip(tasks, verdicts)]
 
 # %% ../nbs/03d_mtbench.ipynb #03d042
@@ -233,7 +233,7 @@ def grade_pairs(
     rows = []
     for (q, turn, ((one, _), (two, _)), (name, g1)), (*_, (_, g2)), (w1, t1), (w2, t2) in zip(games[::2], games[1::2], verdicts[::2], verdicts[1::2]):
         rows.append(dict(question_id=q["question_id"], model_1=one, model_2=two, g1_winner=dict(A="model_1", B="model_2").get(w1, w1), g2_winner=dict(A="model_2", B="model_1").get(w2, w2),
-                         judge=[judge.name, name], g1_user_prompt=g1.messages[-1][1], g1_judgment=t1, g2_user_prompt=g2.messages[-1][1], g2_judgment=t2, turn=turn, tstamp=time.time()))
+                         judge=[judge.name, name], g1_user_prompt=g1.messages[-1][1], g1_judgment=t1, g2_user_prompt=g2.messages[-1][1], g2_judgment=t2, turn=turn, tstamp=0))
     return rows
 
 # %% ../nbs/03d_mtbench.ipynb #03d043

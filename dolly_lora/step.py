@@ -185,9 +185,15 @@ def is_llama(
 def fits_llama(
     model, # PeftModel
 ) -> bool:
-    "Can `FusedLlama` compute this model? A Llama with one adapter on the seven linears of every block."
+    "Can `FusedLlama` compute this model? A Llama with one plain LoRA adapter on the seven linears of every block, and on nothing else."
     base, names = model.get_base_model(), model.active_adapters
-    return is_llama(base) and len(names) == 1 and all(hasattr(l, "lora_A") and names[0] in l.lora_A for layer in base.model.layers for group in _seven(layer) for l in group)
+    if not is_llama(base) or len(names) != 1 or sum(hasattr(m, "lora_A") for m in base.modules()) != 7 * len(base.model.layers): return False
+    return all(_plain_lora(group, names[0]) for layer in base.model.layers for group in _seven(layer))
+
+def _plain_lora(group, name): # one rank and scale, no bias, no DoRA, not merged
+    if not all(hasattr(l, "lora_A") and name in l.lora_A for l in group): return False
+    odd = any(l.merged or name in getattr(l, "lora_magnitude_vector", ()) or l.lora_B[name].bias is not None for l in group)
+    return not odd and len({(l.scaling[name], l.r[name]) for l in group}) == 1
 
 # %% ../nbs/02c_step.ipynb #i7153838
 def llama_blocks(
@@ -217,9 +223,10 @@ def hold_weights(
     dtype: torch.dtype,      # of the computation
 ):
     "Give every group its weight, or a place to dequantise it to."
-    for g in groups:
-        if keep or not g.quantised: g.keep(dtype)
-        elif g.workspace["data"] is None: g.workspace["data"] = torch.empty(g.shape, dtype=dtype, device=g.base[0].weight.device)
+    with torch.inference_mode(False), torch.no_grad():  # a model that has answered can be trained
+        for g in groups:
+            if keep or not g.quantised: g.keep(dtype)
+            elif g.workspace["data"] is None: g.workspace["data"] = torch.empty(g.shape, dtype=dtype, device=g.base[0].weight.device)
 
 # %% ../nbs/02c_step.ipynb #02c020
 @dataclass(frozen=True)
