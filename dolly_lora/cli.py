@@ -4,14 +4,14 @@
 
 # %% ../nbs/06_cli.ipynb #27cfb78f
 from __future__ import annotations
-import argparse, dataclasses, importlib.metadata, importlib.util, json, shlex, shutil, sys, time
+import argparse, contextlib, dataclasses, importlib.metadata, importlib.util, json, shlex, shutil, signal, sys, time
 from pathlib import Path
 from packaging.requirements import Requirement
-from .config import PRESETS, ConfigError, DollyError, Recipe, _suggest, load_run, project_root, read_json, resolve, short_path, start_run, write_json
+from .config import PRESETS, ConfigError, DollyError, Recipe, _suggest, load_run, project_root, read_json, resolve, short_path, start_run, write_json, write_text
 
 # %% auto #0
-__all__ = ['STAGES', 'notebooks', 'check_parameters', 'preflight', 'run', 'doctor', 'read_prompts', 'chat', 'measure', 'judge',
-           'main']
+__all__ = ['STAGES', 'HELP', 'notebooks', 'check_parameters', 'preflight', 'run', 'doctor', 'read_prompts', 'chat', 'measure',
+           'judge', 'main']
 
 # %% ../nbs/06_cli.ipynb #e83f6335
 STAGES = ["01_data", "02_train", "03_eval", "04_chat", "05_report"]
@@ -124,15 +124,15 @@ def read_prompts(
 ) -> list[dict]: # instruction, context
     "The prompts of a batch file; `DataError` names the line."
     from dolly_lora.data import DataError
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError: raise DataError(f"no file at {path!r}") from None
+    try: lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError: raise DataError(f"{path}: not UTF-8: save the file as UTF-8") from None
+    except OSError as e: raise DataError(f"no file at {path!r}" if isinstance(e, FileNotFoundError) else f"cannot read {path}: {e.strerror}") from None
     if not path.endswith(".jsonl"): return [dict(instruction=l.strip(), context="") for l in lines if l.strip()]
     rows = []
     for n, line in enumerate(lines, 1):
         if not line.strip(): continue
-        try: row = json.loads(line); rows.append(dict(instruction=row["instruction"], context=row.get("context", "")))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError): raise DataError(f"{path} line {n}: expected an object with `instruction`") from None
+        try: row = json.loads(line); rows.append(dict(instruction=row["instruction"].strip(), context=row.get("context", "").strip()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError): raise DataError(f"{path} line {n}: expected an object with `instruction` and perhaps `context`, both text") from None
     return rows
 
 # %% ../nbs/06_cli.ipynb #5a422dc3
@@ -141,36 +141,83 @@ def chat(
     batch: str = "",            # answer this file instead of talking
     lora: bool = True,          # with the adapter; else the base model alone
     base: str = "",             # another base model instead of the run's (no adapter then)
+    out: str = "",              # where the answers of a batch go (default: standard output)
+    temperature: float = 0.0,   # of a conversation; 0: the most likely token every time
 ) -> int: # exit status
     "Talk to a run's model, or answer a file of prompts."
     from dolly_lora.chat import Chat
-    from dolly_lora.data import build_prompt
-    from dolly_lora.generate import generate
     from dolly_lora.models import load_base, load_tokenizer, load_tuned
-    folder = project_root() / run_dir
+    if out and not batch: raise DollyError("--out is for the answers of --batch FILE; a conversation is saved with /save FILE")
+    folder, lora = project_root() / run_dir, lora and not base
     recipe = dataclasses.replace(Recipe(), base=base, revision="") if base else load_run(folder)
     prompts = read_prompts(batch) if batch else []
-    model, tokenizer = load_tuned(recipe, folder) if lora and not base else load_base(recipe), load_tokenizer(recipe)
-    if batch:
-        answers = generate(model, tokenizer, [build_prompt(p["instruction"], p["context"]) for p in prompts], recipe.max_new_tokens, recipe.generation_batch_size)
-        for p, a in zip(prompts, answers): print(json.dumps(p | dict(output=a.text, finished=a.finished), ensure_ascii=False))
-        return 0
-    return _talk(Chat(model, tokenizer, recipe.max_new_tokens), f"{recipe.base}{' with adapter ' + run_dir if lora and not base else ''}. /clear forgets, /quit leaves.")
+    model, tokenizer = load_tuned(recipe, folder) if lora else load_base(recipe), load_tokenizer(recipe)
+    if batch: return _batch(model, tokenizer, recipe, folder, prompts, Path(out) if out else None, lora)
+    about = dict(model=recipe.base, revision=recipe.revision, adapter=f"{run_dir}/adapter" if lora else None)
+    return _talk(Chat(model, tokenizer, recipe.max_new_tokens, temperature=temperature, about=about), f"{recipe.base}{' with adapter ' + run_dir if lora else ''}. /help lists the commands, Ctrl-C stops an answer, /quit leaves.")
+
+# %% ../nbs/06_cli.ipynb #i3998765
+def _batch(model, tokenizer, recipe, folder, prompts, out, lora):
+    "Answer prompts as JSON lines, on the standard output or in the file `out`."
+    from dolly_lora.data import build_prompt
+    from dolly_lora.evaluate import made_with
+    from dolly_lora.generate import Rows, generate
+    if out and out.is_dir(): raise DollyError(f"{out} is a folder: give --out a file name")
+    rows = Rows(out.with_name(out.name + ".rows")) if out else None
+    answers = generate(model, tokenizer, [build_prompt(p["instruction"], p["context"]) for p in prompts], recipe.max_new_tokens, recipe.generation_batch_size,
+                       log=lambda line: print(line, file=sys.stderr, flush=True), rows=rows, made_with=made_with(recipe, folder, "tuned" if lora else "base"))
+    text = "".join(json.dumps(p | dict(output=a.text, finished=a.finished), ensure_ascii=False) + "\n" for p, a in zip(prompts, answers))
+    if not out: print(text, end=""); return 0
+    write_text(out, text); rows.path.unlink(missing_ok=True)
+    return 0
 
 # %% ../nbs/06_cli.ipynb #a7a9302b
+HELP = """/clear forgets the conversation
+/regen answers the last question again (otherwise with --temperature above 0)
+/base and /tuned say who answers from here on
+/save FILE keeps the conversation, as .jsonl or .md
+/quit leaves"""
+
+def _speak(talk, pieces):
+    "Print an answer as it grows."
+    shown = ""
+    try:
+        for answer in pieces:
+            print("".join(c for c in answer[len(shown):] if c.isprintable() or c in "\n\t"), end="", flush=True); shown = answer
+    finally: print()
+    print(f"({talk.last.note})")
+
+def _obey(talk, command, rest):
+    if command == "/clear": talk.clear()
+    elif command == "/regen": _speak(talk, talk.regenerate())
+    elif command == "/tuned" and not talk.has_adapter: print("there is no adapter here: only the base model can answer")
+    elif command in ("/base", "/tuned"): talk.which = command[1:]
+    elif command == "/save": print("saved", talk.save(rest.strip() or "chat.md"))
+    else: print(HELP)
+
+# %% ../nbs/06_cli.ipynb #i5287292
+def _read(talk, leaving): # a line, None to leave, or "\x03" for a first Ctrl-C
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if leaving: print("(Ctrl-C once more leaves)")
+        return input("> ").strip()
+    except EOFError: print(); return None
+    except KeyboardInterrupt: print(); return None if leaving else "\x03"
+    finally: signal.signal(signal.SIGINT, lambda *_: talk.stop())
+
+# %% ../nbs/06_cli.ipynb #i4254796
 def _talk(talk, greeting):
-    print(greeting)
-    while True:
-        try: text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt): print(); return 0
-        if text == "/quit": return 0
-        if text == "/clear": talk.history.clear(); continue
-        if not text: continue
-        shown = ""
-        try:
-            for answer in talk.stream(text): print(answer[len(shown):], end="", flush=True); shown = answer
-            print()
-        except ValueError as e: print(e)
+    with contextlib.suppress(ImportError): import readline  # arrow keys and the lines typed before
+    print(greeting); text, before = "", signal.getsignal(signal.SIGINT)
+    try:
+        while (text := _read(talk, text == "\x03")) not in (None, "/quit"):
+            command, _, rest = text.partition(" ")
+            try:
+                if text.startswith("/"): _obey(talk, command, rest)
+                elif text.strip("\x03"): _speak(talk, talk.stream(text))
+            except Exception as e: print(e if isinstance(e, DollyError) else f"{type(e).__name__}: {e}")
+    finally: signal.signal(signal.SIGINT, before)
+    return 0
 
 # %% ../nbs/06_cli.ipynb #i4268490
 def measure(
@@ -250,6 +297,7 @@ def main(
     p = commands.add_parser("chat", help="talk to a run's model")
     p.add_argument("--run-dir", default="runs/demo"); p.add_argument("--no-lora", action="store_true", help="the base model alone")
     p.add_argument("--batch", default="", metavar="FILE", help="one prompt a line, or .jsonl; answers as JSON lines"); p.add_argument("--base", default="", help="another base model, without adapter")
+    p.add_argument("--out", default="", metavar="FILE", help="where the answers of a batch go; the same command resumes it"); p.add_argument("--temperature", type=float, default=0.0, help="of a conversation (default 0)")
     commands.add_parser("doctor", help="what this machine can run, what is missing")
     p = commands.add_parser("bench", help="measure a training step: seconds, tokens, memory, utilisation")
     p.add_argument("--preset", default="llama2", help=", ".join(PRESETS)); p.add_argument("--base", default="", help="another base: random-7b is LLaMA-2-7B's shape with random weights, on a GPU")
@@ -270,7 +318,7 @@ def main(
 # %% ../nbs/06_cli.ipynb #131e0a2e
 def _dispatch(args):
     if args.command == "run": return run(args.preset, args.run_dir, shlex.join(args.set), args.dataset)
-    if args.command == "chat": return chat(args.run_dir, args.batch, not args.no_lora, args.base)
+    if args.command == "chat": return chat(args.run_dir, args.batch, not args.no_lora, args.base, args.out, args.temperature)
     if args.command == "doctor":
         for what, fine, remark in doctor(): print(f"{'ok' if fine else '--'}  {what:18}{remark}")
         return 0

@@ -14,7 +14,8 @@ __all__ = ['FIELDS', 'DOLLY', 'DataError', 'load_dolly', 'strip_citations', 'nor
 
 # %% ../nbs/01_data.ipynb #29b209f7
 FIELDS = ["instruction", "context", "response", "category"]
-DOLLY = dict(id="databricks/databricks-dolly-15k", revision="bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a", file="databricks-dolly-15k.jsonl",
+DOLLY = dict(id="databricks/databricks-dolly-15k", file="databricks-dolly-15k.jsonl",
+             revision="bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a",
              sha256="2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec")
 
 class DataError(DollyError):
@@ -60,13 +61,16 @@ def _download(source):
     from datasets import load_dataset
     from huggingface_hub import hf_hub_download
     try:
-        if source != DOLLY["id"]: return (_record(r, f"{source} row {n}") for n, r in enumerate(load_dataset(source, split="train"), 1))
+        if source != DOLLY["id"]:
+            return (_record(r, f"{source} row {n}") for n, r in enumerate(load_dataset(source, split="train"), 1))
         path = Path(hf_hub_download(source, DOLLY["file"], repo_type="dataset", revision=DOLLY["revision"]))
     except DataError: raise
     except Exception as e:  # a dozen kinds, from DNS to 404
-        raise DataError(f"cannot get {source} from the hub ({type(e).__name__}): give the path of a local copy, or dataset=sample for the embedded one") from None
+        raise DataError(f"cannot get {source} from the hub ({type(e).__name__}): "
+                        "give the path of a local copy, or dataset=sample for the embedded one") from None
     if (got := hashlib.sha256(path.read_bytes()).hexdigest()) != DOLLY["sha256"]:
-        raise DataError(f"{path.name} from the hub has SHA-256 {got[:12]}…, expected {DOLLY['sha256'][:12]}…: delete it from the hub cache and try again")
+        raise DataError(f"{path.name} from the hub has SHA-256 {got[:12]}…, expected {DOLLY['sha256'][:12]}…: "
+                        "delete it from the hub cache and try again")
     return _read_jsonl(path)
 
 # %% ../nbs/01_data.ipynb #18cbcb20
@@ -78,10 +82,12 @@ def load_dolly(
     path = sample_path("dolly_sample.jsonl") if str(source) == "sample" else project_root() / source
     readers = {".jsonl": _read_jsonl, ".xz": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     if path.is_file():
-        if path.suffix not in readers: raise DataError(f"{path.name}: cannot read {path.suffix or 'a file without suffix'}: give .jsonl, .jsonl.xz, .json or .parquet")
+        if path.suffix not in readers:
+            raise DataError(f"{path.name}: cannot read {path.suffix or 'a file without suffix'}: give .jsonl, .jsonl.xz, .json or .parquet")
         try: rows = list(readers[path.suffix](path))
         except (lzma.LZMAError, EOFError): raise DataError(f"{path.name}: the xz file is damaged or cut short: fetch it again") from None
-    elif path.suffix in readers or str(source).count("/") != 1 or str(source).startswith((".", "/")): raise DataError(f"no data at {source!r}: give an existing file, a hub id (owner/name) or `sample`")
+    elif path.suffix in readers or str(source).count("/") != 1 or str(source).startswith((".", "/")):
+        raise DataError(f"no data at {source!r}: give an existing file, a hub id (owner/name) or `sample`")
     else: rows = list(_download(str(source)))
     if not rows: raise DataError(f"{source}: holds no records")
     return Dataset.from_list(rows)
@@ -107,8 +113,9 @@ def normalise(
 def clean(
     records, # from `load_dolly`
 ) -> tuple[list[dict], dict]: # the records that stay, in an order of their own; what was counted
-    "Strip, remove citation marks, drop empty responses and duplicates; the result does not depend on the order of the input."
-    count = dict(read=len(records), empty_responses=0, exact_duplicates=0, normalised_duplicates=0, citation_marks=0, contexts_with_marks=0)
+    "Strip, remove citation marks, drop empty responses and duplicates; the order of the input does not matter."
+    count = dict(read=len(records), empty_responses=0, exact_duplicates=0, normalised_duplicates=0,
+                 citation_marks=0, contexts_with_marks=0)
     exact, kept = set(), {}
     for row in sorted(records, key=lambda r: [r[f] for f in FIELDS]):
         if not row["response"].strip(): count["empty_responses"] += 1; continue
@@ -125,7 +132,7 @@ def clean(
 
 # %% ../nbs/01_data.ipynb #4283fe3a
 def _place(row, seed):
-    "A number that depends on the seed and the passage (or the instruction without one) alone: where a record comes in its category's line."
+    "Where a record comes in its category's line: a number made from the seed and the passage, or the instruction without one."
     return hashlib.sha256(f"{seed}\0{normalise(row['context'] or row['instruction'])}".encode()).hexdigest()
 
 def split(
@@ -140,10 +147,12 @@ def split(
     out = dict(train=[], val=[], test=[])
     for line in lines.values():
         total, seen = sum(map(len, line.values())), 0
+        test, held_out = round(total * recipe.test_fraction), round(total * (recipe.test_fraction + recipe.val_fraction))
         for _, rows in sorted(line.items()):
-            name = "test" if seen < round(total * recipe.test_fraction) else "val" if seen < round(total * (recipe.test_fraction + recipe.val_fraction)) else "train"
+            name = "test" if seen < test else "val" if seen < held_out else "train"
             out[name] += rows; seen += len(rows)
-    return {name: sorted(rows, key=lambda r: (_place(r, recipe.seed), r["instruction"], r["response"])) for name, rows in out.items()}
+    order = lambda r: (_place(r, recipe.seed), r["instruction"], r["response"])
+    return {name: sorted(rows, key=order) for name, rows in out.items()}
 
 # %% ../nbs/01_data.ipynb #2d4eb689
 def build_prompt(
@@ -187,7 +196,8 @@ def encode_all(
         assert ids[:len(prompt)] == prompt, "the prompt must stay a prefix when the response follows"
         ids, start = ids + [tokenizer.eos_token_id], len(prompt) if train_on == "response" else 0
         labels = [-100] * start + ids[start:]
-        out.append(dict(input_ids=ids[:max_length], labels=labels[:max_length], cut=max(0, len(ids) - max_length)))
+        cut = max(0, len(ids) - max_length)
+        out.append(dict(input_ids=ids[:max_length], labels=labels[:max_length], cut=cut))
     return out
 
 # %% ../nbs/01_data.ipynb #c1637fdd
@@ -195,14 +205,15 @@ def encode_split(
     rows: list[dict],   # records of one split
     tokenizer,          # of the base model
     recipe: Recipe,     # `max_length`, `train_on`
-): # (`datasets.Dataset` of input_ids and labels, counts: examples, cut, tokens_cut, dropped, tokens, response_tokens)
+): # `datasets.Dataset` of input_ids and labels; counts of examples, cut, tokens_cut, dropped, tokens, response_tokens
     "Encode a split and count what was cut or dropped."
     from datasets import Dataset
     every = encode_all(rows, tokenizer, recipe.max_length, recipe.train_on)
     kept = [e for e in every if any(l != -100 for l in e["labels"][1:])]
     for e in kept: assert e["cut"] or e["labels"][-1] == tokenizer.eos_token_id
-    counts = dict(examples=len(kept), cut=sum(e["cut"] > 0 for e in kept), tokens_cut=sum(e["cut"] for e in kept), dropped=len(every) - len(kept),
-                  tokens=sum(len(e["input_ids"]) for e in kept), response_tokens=sum(l != -100 for e in kept for l in e["labels"]))
+    counts = dict(examples=len(kept), cut=sum(e["cut"] > 0 for e in kept), tokens_cut=sum(e["cut"] for e in kept),
+                  dropped=len(every) - len(kept), tokens=sum(len(e["input_ids"]) for e in kept),
+                  response_tokens=sum(l != -100 for e in kept for l in e["labels"]))
     return Dataset.from_list([{k: e[k] for k in ("input_ids", "labels")} for e in kept]), counts
 
 # %% ../nbs/01_data.ipynb #e951187c
@@ -216,8 +227,10 @@ def prepare_data(
         rows, counts = clean(load_dolly(recipe.dataset))
         parts = split(rows, recipe)
         for name, part in parts.items():
-            if not part: raise DataError(f"{recipe.dataset}: {len(rows)} records are too few for a {name} split: bring at least ten of a category")
+            if not part:
+                raise DataError(f"{recipe.dataset}: {len(rows)} records are too few for a {name} split: bring at least ten of a category")
             write_text(folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in part))
-        write_json(folder / "statistics.json", dict(source=recipe.dataset, cleaning=counts, splits={n: len(p) for n, p in parts.items()},
-                   categories={n: dict(sorted(collections.Counter(r["category"] for r in p).items())) for n, p in parts.items()}))
+        categories = {n: dict(sorted(collections.Counter(r["category"] for r in p).items())) for n, p in parts.items()}
+        sizes = {n: len(p) for n, p in parts.items()}
+        write_json(folder / "statistics.json", dict(source=recipe.dataset, cleaning=counts, splits=sizes, categories=categories))
     return {name: list(_read_jsonl(folder / f"{name}.jsonl")) for name in ("train", "val", "test")}

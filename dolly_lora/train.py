@@ -31,7 +31,8 @@ class DollyTrainer(SFTTrainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             make, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = make([{"params": [self.engine.flat.whole], "weight_decay": self.args.weight_decay}], **kwargs)
+            flat = dict(params=[self.engine.flat.whole], weight_decay=self.args.weight_decay)
+            self.optimizer = make([flat], **kwargs)
             self.model.zero_grad = lambda *args, **kwargs: None  # `flat.start` does it; the library's walks over all modules
         return self.optimizer
 
@@ -93,7 +94,9 @@ class Progress(TrainerCallback):
         left = self.step_s / max(1, state.global_step) * (state.max_steps - state.global_step)
         head = f"step {state.global_step:>5}/{state.max_steps}"
         if "eval_loss" in row: self.log(f"{head}  validation loss {row['eval_loss']:.4f}")
-        elif "loss" in row: self.log(f"{head}  loss {row['loss']:.4f}  lr {row['learning_rate']:.1e}  {_clock(self.step_s)} elapsed, {_clock(left)} left")
+        elif "loss" in row:
+            times = f"{_clock(self.step_s)} elapsed, {_clock(left)} left"
+            self.log(f"{head}  loss {row['loss']:.4f}  lr {row['learning_rate']:.1e}  {times}")
 
 def _clock(seconds): return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
@@ -105,15 +108,19 @@ def training_arguments(
 ) -> SFTConfig:
     "The recipe as TRL's arguments."
     dtype, cuda, world = compute_dtype(), torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
-    if recipe.batch_size % world: raise ConfigError(f"batch_size={recipe.batch_size} cannot be shared by {world} processes: choose a multiple")
+    if recipe.batch_size % world:
+        raise ConfigError(f"batch_size={recipe.batch_size} cannot be shared by {world} processes: choose a multiple")
     return SFTConfig(
-        output_dir=str(Path(run_dir) / "checkpoints"), per_device_train_batch_size=recipe.batch_size // world, per_device_eval_batch_size=64, remove_unused_columns=False,
-        gradient_accumulation_steps=1, gradient_checkpointing=False, num_train_epochs=recipe.epochs, max_steps=recipe.max_steps or -1,
-        learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", warmup_steps=recipe.warmup_ratio, weight_decay=recipe.weight_decay, max_grad_norm=recipe.max_grad_norm,
+        output_dir=str(Path(run_dir) / "checkpoints"), num_train_epochs=recipe.epochs, max_steps=recipe.max_steps or -1,
+        per_device_train_batch_size=recipe.batch_size // world, per_device_eval_batch_size=64, remove_unused_columns=False,
+        gradient_accumulation_steps=1, gradient_checkpointing=False, max_grad_norm=recipe.max_grad_norm,
+        learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", warmup_steps=recipe.warmup_ratio, weight_decay=recipe.weight_decay,
         optim=recipe.optimizer if cuda else "adamw_torch", bf16=False, fp16=dtype == torch.float16,  # a bf16 model needs no autocast
-        eval_strategy="steps", eval_steps=recipe.eval_steps, eval_on_start=not resuming, save_strategy="steps", save_steps=recipe.eval_steps, save_total_limit=2,
-        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, logging_steps=recipe.logging_steps, logging_nan_inf_filter=False,
-        seed=recipe.seed, data_seed=recipe.seed, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=cuda,
+        eval_strategy="steps", eval_steps=recipe.eval_steps, eval_on_start=not resuming,
+        save_strategy="steps", save_steps=recipe.eval_steps, save_total_limit=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        logging_steps=recipe.logging_steps, logging_nan_inf_filter=False, seed=recipe.seed, data_seed=recipe.seed,
+        max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=cuda,
         report_to="none", disable_tqdm=True, log_level="error", use_cpu=not cuda)
 
 # %% ../nbs/02_train.ipynb #32f2dbca
@@ -121,7 +128,8 @@ def _whole(folder):
     "Can every file of a checkpoint be read to its end?"
     try:
         with safe_open(folder / "adapter_model.safetensors", "pt") as f: sizes = [f.get_slice(k).get_shape() for k in f.keys()]
-        archives = [zipfile.ZipFile(folder / n).testzip() for n in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt") if n != "scaler.pt" or (folder / n).exists()]
+        names = ["optimizer.pt", "scheduler.pt", "rng_state.pth"] + ["scaler.pt"] * (folder / "scaler.pt").exists()  # fp16 alone has that one
+        archives = [zipfile.ZipFile(folder / n).testzip() for n in names]
         return bool(sizes) and not any(archives) and bool(read_json(folder / "trainer_state.json")["log_history"])
     except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile): return False
 
@@ -143,11 +151,13 @@ def summarise(
     pick = lambda r, names: {k: r[k] for k in names if k in r}
     log = [pick(r, ("step", "epoch", "loss", "learning_rate", "grad_norm", "train_s")) for r in rows if "loss" in r]
     validation = [pick(r, ("step", "epoch", "eval_loss", "train_s")) for r in rows if "eval_loss" in r]
-    best = min((r for r in validation if r["step"] > 0 and math.isfinite(r["eval_loss"])), key=lambda r: r["eval_loss"], default=validation[-1])
+    after = (r for r in validation if r["step"] > 0 and math.isfinite(r["eval_loss"]))
+    best = min(after, key=lambda r: r["eval_loss"], default=validation[-1])
     seconds, steps = rows[-1]["train_s"], trainer.state.global_step
     tokens = counts["tokens"] * trainer.state.epoch
-    summary = dict(steps=steps, epochs=trainer.state.epoch, train_seconds=seconds, seconds_per_step=seconds / steps, real_tokens=round(tokens),
-                   real_tokens_per_second=tokens / seconds, first_validation_loss=validation[0]["eval_loss"], best_validation_loss=best["eval_loss"], best_step=best["step"], **facts)
+    summary = dict(steps=steps, epochs=trainer.state.epoch, train_seconds=seconds, seconds_per_step=seconds / steps,
+                   real_tokens=round(tokens), real_tokens_per_second=tokens / seconds, first_validation_loss=validation[0]["eval_loss"],
+                   best_validation_loss=best["eval_loss"], best_step=best["step"], **facts)
     return dict(summary=summary, log=log, validation=validation, environment=environment())
 
 def model_card(
@@ -157,9 +167,11 @@ def model_card(
     "Says what the adapter is, how to load it, and under which licences."
     s = history["summary"]
     return f"""---\nbase_model: {recipe.base}\nlibrary_name: peft\n---\n\n# LoRA adapter, {recipe.preset} preset of dolly_lora\n
-Trained on {recipe.dataset} for {s["epochs"]:g} epochs ({s["steps"]} steps of {recipe.batch_size} examples), rank {recipe.lora_r}, alpha {recipe.lora_alpha}, seed {recipe.seed}.
+Trained on {recipe.dataset} for {s["epochs"]:g} epochs ({s["steps"]} steps of {recipe.batch_size} examples),
+rank {recipe.lora_r}, alpha {recipe.lora_alpha}, seed {recipe.seed}.
 Validation loss {s["first_validation_loss"]:.4f} before, {s["best_validation_loss"]:.4f} at step {s["best_step"]}, whose weights these are.\n
-Load it with `PeftModel.from_pretrained(base_model, "adapter")`. Prompts: `### Instruction:`, optional `### Context:`, `### Response:`, as in 01_data.\n
+Load it with `PeftModel.from_pretrained(base_model, "adapter")`.
+Prompts: `### Instruction:`, optional `### Context:`, `### Response:`, as in 01_data.\n
 Licences: databricks-dolly-15k is CC BY-SA 3.0; LLaMA-2 has the Llama 2 community licence; SmolLM2 is Apache-2.0.\n"""
 
 # %% ../nbs/02_train.ipynb #2dc12d29
@@ -175,18 +187,22 @@ def train(
     tokenizer, splits = load_tokenizer(recipe), prepare_data(recipe, run_dir)
     data = {name: encode_split(splits[name], tokenizer, recipe) for name in ("train", "val")}
     for name, (rows, _) in data.items():
-        if not len(rows): raise DollyError(f"no {name} example has room for a response within {recipe.max_length} tokens: set a larger max_length")
+        if not len(rows):
+            raise DollyError(f"no {name} example has room for a response within {recipe.max_length} tokens: set a larger max_length")
     now, shrink = recipe, 1
     while True:
         try: trainer, facts = _fit(now, run_dir, tokenizer, data, log, shrink); break
         except torch.OutOfMemoryError:
-            if "LOCAL_RANK" in os.environ: raise DollyError("out of GPU memory in one of several processes: set memory=frugal") from None
+            if "LOCAL_RANK" in os.environ:
+                raise DollyError("out of GPU memory in one of several processes: set memory=frugal") from None
         gc.collect(); torch.cuda.empty_cache()
         if now.memory == "auto": now = replace(now, memory="frugal")
         elif shrink < 16: shrink *= 2
         else: raise DollyError(f"out of GPU memory with rows of one example: set memory=frugal or a max_length below {recipe.max_length}")
-        log(f"out of memory: again from the last checkpoint, {'activations are computed again' if shrink == 1 else f'rows are cut to 1/{shrink}'}; still {recipe.batch_size} examples a step")
-    history = summarise(trainer, data["train"][1], facts | dict(padding=padding_cost([len(i) for i in data["train"][0]["input_ids"]], 4)))
+        how = "activations are computed again" if shrink == 1 else f"rows are cut to 1/{shrink}"
+        log(f"out of memory: again from the last checkpoint, {how}; still {recipe.batch_size} examples a step")
+    lengths = [len(i) for i in data["train"][0]["input_ids"]]
+    history = summarise(trainer, data["train"][1], facts | dict(padding=padding_cost(lengths, 4)))
     trainer.save_model(str(Path(run_dir) / "adapter"))
     write_json(path, history)
     write_text(Path(run_dir) / "adapter" / "README.md", model_card(recipe, history))  # last: the run is complete
@@ -201,27 +217,35 @@ def _fit(recipe, run_dir, tokenizer, data, log, shrink):
     model = add_lora(load_base(recipe), recipe)
     model.config.use_cache = False
     args = training_arguments(recipe, run_dir, resume is not None)
-    if "LOCAL_RANK" not in os.environ and args.n_gpu > 1: args._n_gpu = 1  # one process, one card, whatever else is in the machine
+    if "LOCAL_RANK" not in os.environ and args.n_gpu > 1: args._n_gpu = 1  # one process, one card
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    trainer = DollyTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=data["train"][0], eval_dataset=data["val"][0], callbacks=[Progress(log)],
+    trainer = DollyTrainer(model=model, args=args, processing_class=tokenizer, callbacks=[Progress(log)],
+                           train_dataset=data["train"][0], eval_dataset=data["val"][0],
                            data_collator=lambda examples: collate(examples, trainer.engine.plan.token_budget))
     trainer.remove_callback(transformers.PrinterCallback)
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
     engine = trainer.engine = make_engine(model, recipe)
     engine.plan = replace(engine.plan, token_budget=engine.plan.token_budget // shrink)
-    log(f"{engine.plan}; {type(engine).__name__}, attention {'over whole rows (varlen)' if engine.varlen else 'example by example (sdpa)'}")
+    log(str(engine.plan))
+    log(f"{type(engine).__name__}, attention {'over whole rows (varlen)' if engine.varlen else 'example by example (sdpa)'}")
     if resume: log(f"resuming from {resume.name}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    graphs = getattr(engine, "graphs", None)
-    return trainer, dict(peak_memory_gib=peak / 2**30, trainable_parameters=trainable, resumed_from=resume and int(resume.name.split("-")[1]), engine=type(engine).__name__, memory=str(engine.plan),
-                         token_budget=engine.plan.token_budget, graphs=len(graphs.graphs) if graphs else 0, graph_seconds=graphs.seconds if graphs else 0.0)
+    return trainer, _facts(engine, model, resume)
+
+def _facts(engine, model, resume): # what the history says besides the curves
+    cuda, graphs = torch.cuda.is_available(), getattr(engine, "graphs", None)
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return dict(peak_memory_gib=peak / 2**30, trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                resumed_from=resume and int(resume.name.split("-")[1]), engine=type(engine).__name__, memory=str(engine.plan),
+                token_budget=engine.plan.token_budget, graphs=len(graphs.graphs) if graphs else 0,
+                graph_seconds=graphs.seconds if graphs else 0.0)
 
 def _check_disk(run_dir, need=2 * 2**30):
     free = shutil.disk_usage(run_dir).free
-    if free < need: raise DollyError(f"only {free / 2**30:.1f} GiB free for {Path(run_dir).name}: a run's checkpoints want {need / 2**30:.0f} GiB; free some or give another run_dir")
+    if free < need:
+        raise DollyError(f"only {free / 2**30:.1f} GiB free for {Path(run_dir).name}: a run's checkpoints want {need / 2**30:.0f} GiB; "
+                         "free some or give another run_dir")
 
 # %% ../nbs/02_train.ipynb #60a1e007
 def plot_history(
@@ -233,10 +257,13 @@ def plot_history(
     log, val, s = pd.DataFrame(history["log"]), pd.DataFrame(history["validation"]), history["summary"]
     fig, (ax, lr) = plt.subplots(2, 1, figsize=(7, 4.5), height_ratios=(4, 1), sharex=True)
     ax.plot(log.step, log.loss, color="#4477aa", alpha=0.3, lw=1)
-    ax.plot(log.step, log.loss.rolling(max(1, len(log) // 10), min_periods=1, center=True).mean(), color="#4477aa", lw=2, label="training")
+    smooth = log.loss.rolling(max(1, len(log) // 10), min_periods=1, center=True).mean()
+    ax.plot(log.step, smooth, color="#4477aa", lw=2, label="training")
     ax.plot(val.step, val.eval_loss, "o-", color="#ee6677", label="validation")
-    ax.plot(s["best_step"], s["best_validation_loss"], "o", ms=12, mfc="none", color="#aa3344", label=f"best: {s['best_validation_loss']:.3f} at step {s['best_step']}")
+    best = s["best_step"], s["best_validation_loss"]
+    ax.plot(*best, "o", ms=12, mfc="none", color="#aa3344", label=f"best: {best[1]:.3f} at step {best[0]}")
     ax.set(title="Loss on the response tokens", ylabel="nats per token"); ax.legend(frameon=False)
-    lr.plot(log.step, log.learning_rate, color="#228833"); lr.set(xlabel="optimizer step", ylabel="learning rate"); lr.ticklabel_format(axis="y", scilimits=(0, 0))
+    lr.plot(log.step, log.learning_rate, color="#228833")
+    lr.set(xlabel="optimizer step", ylabel="learning rate"); lr.ticklabel_format(axis="y", scilimits=(0, 0))
     for a in (ax, lr): a.spines[["top", "right"]].set_visible(False)
     return fig
