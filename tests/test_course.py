@@ -20,7 +20,7 @@ def test_run_leaves_the_contract(tiny_run):
 def test_report_is_self_contained_and_agrees_with_results(tiny_run):
     page = (tiny_run[0] / "report/report.html").read_text()
     results = json.loads((tiny_run[0] / "report/results.json").read_text())
-    assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "<script" not in page and page.count("<img alt=") == 6
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "<script" not in page and page.count("<img alt=") == 9
     assert f"{results['evaluation']['test']['tuned']['loss']:.3f}" in page and f"{results['training']['summary']['best_validation_loss']:.4f}" in page
     assert str(tiny_run[0]) not in page and str(ROOT) not in page
 
@@ -36,7 +36,7 @@ def test_official_formats(tiny_run):
 def test_running_again_resumes_and_changes_nothing(tiny_run, tmp_path):
     folder = tmp_path / "again"
     shutil.copytree(tiny_run[0], folder)
-    before = {p: (folder / p).read_bytes() for p in ("training_history.json", "answers/test/tuned.json", "answers/mt_bench/tuned.json")}
+    before = {p: (folder / p).read_bytes() for p in ("training_history.json", "answers/test/tuned.json", "answers/mt_bench/model_answer/tiny-tuned.jsonl", "judgments/mt_bench/model_judgment/local-tiny_single.jsonl")}
     (folder / "metrics.json").unlink()
     done = cli("run", "tiny", "--run-dir", folder)
     assert done.returncode == 0, done.stderr[-2000:]
