@@ -56,7 +56,7 @@ class Turn:
         cut = f"{self.cut} earlier turn{'s were' if self.cut > 1 else ' was'} too much and left out" if self.cut else ""
         return "; ".join(filter(None, [f"{self.which}: {len(self.ids)} tokens, {speed}", "stopped" if self.stopped else "", cut, self.beside.note if self.beside else ""]))
 
-# %% ../nbs/04_chat.ipynb #cf4bccf7
+# %% ../nbs/04_chat.ipynb #c9db674f
 _lock = threading.Lock()
 
 def _generate(model, tokenizer, prompt, turn, stop, **kwargs):
@@ -69,6 +69,18 @@ def _generate(model, tokenizer, prompt, turn, stop, **kwargs):
         if stop.is_set(): return
         model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=s["max_new_tokens"], do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **kwargs)
 
+def _begin(model, tokenizer, prompt, turn, stop): # the thread, where its text, its tokens and its failure arrive
+    streamer, ids, failed = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=0.2, skip_special_tokens=True), [], []
+    def watch(input_ids, scores, **kwargs):
+        ids.append(int(input_ids[0, -1]))
+        return torch.full((len(input_ids),), stop.is_set(), dtype=torch.bool, device=input_ids.device)
+    def work():
+        try: _generate(model, tokenizer, prompt, turn, stop, streamer=streamer, stopping_criteria=StoppingCriteriaList([watch]))
+        except BaseException as e: failed.append(e)
+        finally: streamer.end()
+    thread = threading.Thread(target=work); thread.start()
+    return thread, streamer, ids, failed
+
 # %% ../nbs/04_chat.ipynb #c1c362e6
 def stream_answer(
     model,                 # PeftModel, or a base model
@@ -78,13 +90,7 @@ def stream_answer(
     stop: threading.Event, # once set, the answer ends
 ): # yields the growing answer, first an empty one; what the model raises is raised here
     "Generate in a thread, and hand on the text as it comes."
-    streamer, ids, failed, start, text = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=0.2, skip_special_tokens=True), [], [], time.monotonic(), ""
-    def watch(input_ids, scores, **kwargs): ids.append(int(input_ids[0, -1])); return torch.full((len(input_ids),), stop.is_set(), dtype=torch.bool, device=input_ids.device)
-    def work():
-        try: _generate(model, tokenizer, prompt, turn, stop, streamer=streamer, stopping_criteria=StoppingCriteriaList([watch]))
-        except BaseException as e: failed.append(e)
-        finally: streamer.end()
-    thread = threading.Thread(target=work); thread.start()
+    (thread, streamer, ids, failed), start, text = _begin(model, tokenizer, prompt, turn, stop), time.monotonic(), ""
     yield ""
     while True:
         try: text += next(streamer)

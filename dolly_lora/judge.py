@@ -13,7 +13,7 @@ from typing import Callable, Protocol
 import httpx
 import torch
 from .config import DollyError, Recipe
-from .generate import Rows
+from .generate import _base, Rows
 from .step import is_llama
 
 # %% auto #0
@@ -75,10 +75,38 @@ def _key(judge, q): return hashlib.sha256(json.dumps([judge.name, q.messages, q.
 class JudgeError(DollyError):
     "A judge that cannot be had."
 
+def _read_reply(q, response, served): # an httpx.Response to a Reply; `served`: has the endpoint ever answered?
+    status, told = response.status_code, response.text[:120]
+    if status == 401 or status in (403, 404) and not served: return Reply(error=f"fatal: HTTP {status}: {told!r}")
+    if status == 429 or status >= 500: return Reply(error=f"HTTP {status}: {told!r}")
+    if status != 200: return Reply(error=f"refused: HTTP {status}: {told!r}")
+    choice = response.json()["choices"][0]
+    text, top = choice["message"]["content"] or "", ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs")
+    if not isinstance(text, str): raise TypeError("the reply's content is not a text")
+    text.encode()  # half a character would end the file
+    return Reply(text, {t["token"]: float(t["logprob"]) for t in top if t["token"] in q.choices} if top and q.choices else None)
+
+# %% ../nbs/03b_judge.ipynb #i1111632
+def _try(judge, q): # a Reply; None once the judge is over
+    body = dict(model=judge.name, messages=[dict(role=r, content=t) for r, t in q.messages], temperature=0, max_tokens=q.max_tokens) | (dict(logprobs=True, top_logprobs=5) if q.choices else {})
+    for n in range(judge.tries):
+        if judge.over.is_set(): return None
+        after = ""
+        try:
+            response = judge.client.post(f"{judge.url}/chat/completions", json=body)
+            after, reply = response.headers.get("retry-after", ""), _read_reply(q, response, judge.served)
+        except (httpx.HTTPError, httpx.InvalidURL, RecursionError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e: reply = Reply(error=f"{type(e).__name__}: {e}"[:200])
+        if not reply.error: judge.lost, judge.served = 0, True
+        if reply.error.startswith("fatal"): judge.stop(f"{judge.url} says {response.status_code} for model {judge.name}: {response.text[:120]!r}: check OPENAI_BASE_URL, OPENAI_API_KEY and the model's name")
+        if not reply.error or reply.error.startswith(("refused", "fatal")): return reply
+        if n + 1 < judge.tries: judge.over.wait(min(60.0, float(after) if after.isdigit() else judge.wait * 2**n * (0.5 + random.random())))
+    judge.lost += 1
+    if judge.lost > judge.workers: judge.stop(f"{judge.url} does not answer ({reply.error}): what was judged is kept; look at the server and run again")
+    return reply
+
+# %% ../nbs/03b_judge.ipynb #i3194549
 class EndpointJudge:
     "A model behind an OpenAI-compatible endpoint."
-    official = True
-
     def __init__(self,
         model: str,           # as the endpoint names it
         workers: int = 8,     # questions at a time
@@ -86,102 +114,70 @@ class EndpointJudge:
         tries: int = 6,       # for a question
         wait: float = 1.0,    # seconds before the second try; doubles
     ):
-        self.model, self.name, self.workers, self.tries, self.wait = model, model, workers, tries, wait
+        self.name, self.official, self.workers, self.tries, self.wait = model, True, workers, tries, wait
         self.url, key = (os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").rstrip("/"), os.environ.get("OPENAI_API_KEY", "")
         if not key and "api.openai.com" in self.url: raise JudgeError(f"judge {model}: OPENAI_API_KEY is not set: set it, or OPENAI_BASE_URL to a server of your own, or take judge=local")
         if not key.isascii(): raise JudgeError("OPENAI_API_KEY has characters that no key has: copy it again")
         self.client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {}, limits=httpx.Limits(max_connections=workers))
 
+    def stop(self, problem: str): self.problem = problem; self.over.set() # ask no more
+
     def __call__(self, questions):
         self.over, self.problem, self.served, self.lost, pool = threading.Event(), "", False, 0, ThreadPoolExecutor(self.workers)
-        numbers = {pool.submit(self._ask, q): i for i, q in enumerate(questions)}
-        try:
-            for f in as_completed(numbers):  # after a fatal answer, too: what is under way is paid for
-                if reply := f.result(): yield numbers[f], reply
+        numbers = {pool.submit(_try, self, q): i for i, q in enumerate(questions)}
+        try: yield from ((numbers[f], f.result()) for f in as_completed(numbers) if f.result())
         finally: self.over.set(); pool.shutdown(wait=False, cancel_futures=True)
         if self.problem: raise JudgeError(self.problem)
 
-    def _stop(self, problem): self.problem = problem; self.over.set()
-
-    def _ask(self, q):
-        body = dict(model=self.model, messages=[dict(role=r, content=t) for r, t in q.messages], temperature=0, max_tokens=q.max_tokens) | (dict(logprobs=True, top_logprobs=5) if q.choices else {})
-        for n in range(self.tries):
-            if self.over.is_set(): return None
-            after = ""
-            try:
-                response = self.client.post(f"{self.url}/chat/completions", json=body)
-                after, reply = response.headers.get("retry-after", ""), self._reply(q, response)
-            except (httpx.HTTPError, httpx.InvalidURL, RecursionError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e: reply = Reply(error=f"{type(e).__name__}: {e}"[:200])
-            if not reply.error: self.lost, self.served = 0, True
-            if not reply.error or reply.error.startswith("refused"): return reply
-            if n + 1 < self.tries: self.over.wait(min(60.0, float(after) if after.isdigit() else self.wait * 2**n * (0.5 + random.random())))
-        self.lost += 1
-        if self.lost > self.workers: self._stop(f"{self.url} does not answer ({reply.error}): what was judged is kept; look at the server and run again")
-        return reply
-
-    def _reply(self, q, response):
-        status, told = response.status_code, response.text[:120]
-        if status == 401 or status in (403, 404) and not self.served: self._stop(f"{self.url} says {status} for model {self.model}: {told!r}: check OPENAI_BASE_URL, OPENAI_API_KEY and the model's name")
-        if status == 429 or status >= 500: return Reply(error=f"HTTP {status}: {told!r}")
-        if status != 200: return Reply(error=f"refused: HTTP {status}: {told!r}")
-        choice = response.json()["choices"][0]
-        text, top = choice["message"]["content"] or "", ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs")
-        if not isinstance(text, str): raise TypeError("the reply's content is not a text")
-        text.encode()  # half a character would end the file
-        return Reply(text, {t["token"]: float(t["logprob"]) for t in top if t["token"] in q.choices} if top and q.choices else None)
-
 # %% ../nbs/03b_judge.ipynb #03b018
-class LocalJudge:
-    "A causal language model's own probabilities for the choices."
-    official = False
+def _prompt_ids(tokenizer, q): # the question as the model reads it, its lead at the end
+    chat = [dict(role=r, content=t) for r, t in q.messages]
+    if tokenizer.chat_template: text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    else: text = "\n\n".join(t for _, t in q.messages) + "\n\n"
+    return tuple(tokenizer(text + q.lead, add_special_tokens=not tokenizer.chat_template).input_ids)
 
-    def __init__(self,
-        model, tokenizer,   # a PeftModel judges without its adapters
-        name: str,          # of the model
-        tokens: int = 16384, # in a forward pass
-    ): self.model, self.tokenizer, self.name, self.tokens = model, tokenizer, f"local {name}", tokens
+def _choice_ids(tokenizer, q): # token ids of each choice, as they follow the lead
+    plain = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    lead = plain(q.lead)
+    return [tuple(ids[len(lead):] if (ids := plain(q.lead + c))[:len(lead)] == lead else plain(c)) for c in q.choices]
 
-    def _prompt(self, q):
-        chat = [dict(role=r, content=t) for r, t in q.messages]
-        if self.tokenizer.chat_template: text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        else: text = "\n\n".join(t for _, t in q.messages) + "\n\n"
-        return self.tokenizer(text + q.lead, add_special_tokens=not self.tokenizer.chat_template).input_ids
-
-    def _choices(self, q): # token ids of each choice, as they follow the lead
-        plain = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
-        before = len(plain(q.lead))
-        return [tuple(plain(q.lead + c)[before:] if plain(q.lead + c)[:before] == plain(q.lead) else plain(c)) for c in q.choices]
-
-    @torch.inference_mode()
-    def _next(self, contexts): # log-probabilities of the token after each context, on the CPU
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        at, order = {}, sorted(contexts, key=len)
-        while order:
-            n = next((n for n in range(len(order), 1, -1) if n * len(order[n - 1]) <= self.tokens), 1)
-            chunk, order = order[:n], order[n:]
-            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for c in chunk], batch_first=True).to(base.device)   # a causal model does not see what comes after
-            place = range(n), [len(c) - 1 for c in chunk]
-            if is_llama(base): logits = base.lm_head(base.model(input_ids=ids, use_cache=False).last_hidden_state[place])  # not the whole [rows, tokens, vocabulary]
-            else: logits = base(input_ids=ids, use_cache=False).logits[place]
-            for c, row in zip(chunk, logits.float().log_softmax(-1).cpu()): at[c] = row
-        return at
-
-    def __call__(self, questions):
-        limit, plain = getattr(self.model.config, "max_position_embeddings", 10**9), getattr(self.model, "disable_adapter", contextlib.nullcontext)
-        for start in range(0, len(questions), 64):
-            group = {start + n: (tuple(self._prompt(q)), q, self._choices(q)) for n, q in enumerate(questions[start:start + 64])}
-            long = {i for i, (p, _, _) in group.items() if len(p) + 8 > limit}
-            with plain():
-                at = self._next({p + c[:k] for i, (p, _, cs) in group.items() if i not in long for c in cs for k in range(len(c))})
-            for i, (p, q, cs) in group.items(): yield i, Reply(error=f"{len(p):,} tokens, and {self.name} reads {limit:,}") if i in long else Reply(logprobs=_choice_logprobs(p, q.choices, cs, at))
-
-def _choice_logprobs(prompt, choices, ids, at):
+def _choice_logprobs(prompt, choices, ids, at): # `at`: log-probabilities of the token after a context
     out = {}
     for choice, c in zip(choices, ids):
         out[choice] = sum(float(at[prompt + c[:k]][t]) for k, t in enumerate(c))
         rest = sum(float(at[prompt + c][d[len(c)]].exp()) for d in ids if len(d) == len(c) + 1 and d[:len(c)] == c)   # "1" that goes on to "10" is not a 1
         if rest: out[choice] += float(torch.log(torch.tensor(max(1e-12, 1 - rest))))
     return out
+
+# %% ../nbs/03b_judge.ipynb #i1728622
+class LocalJudge:
+    "A causal language model's own probabilities for the choices."
+    def __init__(self,
+        model, tokenizer,    # a PeftModel judges without its adapters
+        name: str,           # of the model
+        tokens: int = 16384, # in a forward pass
+    ): self.model, self.tokenizer, self.name, self.official, self.tokens = model, tokenizer, f"local {name}", False, tokens
+
+    def __call__(self, questions):
+        limit = getattr(self.model.config, "max_position_embeddings", 10**9)
+        for start in range(0, len(questions), 64):
+            group = {start + n: (_prompt_ids(self.tokenizer, q), q, _choice_ids(self.tokenizer, q)) for n, q in enumerate(questions[start:start + 64])}
+            long = {i for i, (p, _, _) in group.items() if len(p) + 8 > limit}
+            with getattr(self.model, "disable_adapter", contextlib.nullcontext)():
+                at = _after(_base(self.model), {p + c[:k] for i, (p, _, cs) in group.items() if i not in long for c in cs for k in range(len(c))}, self.tokens)
+            for i, (p, q, cs) in group.items(): yield i, Reply(error=f"{len(p):,} tokens, and {self.name} reads {limit:,}") if i in long else Reply(logprobs=_choice_logprobs(p, q.choices, cs, at))
+
+@torch.inference_mode()
+def _after(base, contexts, tokens): # log-probabilities of the token after each context, on the CPU
+    at, order = {}, sorted(contexts, key=len)
+    while order:
+        n = next((n for n in range(len(order), 1, -1) if n * len(order[n - 1]) <= tokens), 1)
+        chunk, order = order[:n], order[n:]
+        ids, place = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for c in chunk], batch_first=True).to(base.device), (range(n), [len(c) - 1 for c in chunk])  # a causal model does not see what comes after
+        if is_llama(base): logits = base.lm_head(base.model(input_ids=ids, use_cache=False).last_hidden_state[place])  # not the whole [rows, tokens, vocabulary]
+        else: logits = base(input_ids=ids, use_cache=False).logits[place]
+        at |= dict(zip(chunk, logits.float().log_softmax(-1).cpu()))
+    return at
 
 # %% ../nbs/03b_judge.ipynb #03b022
 def judge_name(
@@ -204,6 +200,7 @@ def make_judge(
     if name or model is None: model, tokenizer = load_base(recipe), load_tokenizer(recipe)
     return LocalJudge(model, tokenizer, recipe.base)
 
+# %% ../nbs/03b_judge.ipynb #i2252458
 PRICES = {"gpt-4-1106-preview": (10, 30), "gpt-4-turbo": (10, 30), "gpt-4": (30, 60), "gpt-4o": (2.5, 10), "gpt-4o-mini": (0.15, 0.6)} # US$ a million tokens, asked and answered; list prices of 2025
 
 def estimate(
