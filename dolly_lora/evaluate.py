@@ -17,8 +17,7 @@ from .mtbench import score as rate
 
 # %% auto #0
 __all__ = ['token_losses', 'mean_loss', 'loss_difference', 'made_with', 'answerer', 'fitting', 'answer_test', 'rouge_l',
-           'answer_metrics', 'answer_alpaca', 'overlap', 'check_pairs', 'judge_answers', 'keep_verdicts',
-           'reference_of', 'summarise']
+           'answer_metrics', 'answer_alpaca', 'overlap', 'check_pairs', 'judge_answers', 'keep_verdicts', 'summarise']
 
 # %% ../nbs/03_eval.ipynb #ad35a68f
 @torch.inference_mode()
@@ -156,6 +155,15 @@ def check_pairs(
     make = lambda answers, who: [dict(dataset="check", instruction=shown(r), output=a["response"], generator=who) for r, a in zip(rows, answers)]
     return make(rows[1:] + rows[:1], "another record's answer"), make(rows, "its own answer")
 
+# %% ../nbs/03_eval.ipynb #i1621810
+def _reference_of(
+    recipe: Recipe, # `alpaca`: where the instructions come from
+) -> list[dict] | None: # the reference model's answers
+    "AlpacaEval's reference answers, where `recipe.alpaca` has them."
+    if recipe.alpaca == "sample": return None
+    try: return load_reference(recipe.alpaca)
+    except DataError: return None  # instructions alone
+
 def judge_answers(
     judge,            # from `make_judge`
     recipe: Recipe,   # `alpaca` and `mtbench`: where instructions, questions and references come from
@@ -165,13 +173,14 @@ def judge_answers(
 ) -> dict: # annotations (name of the pair -> rows), judgments (MT-Bench rows), check (annotations)
     "Let a judge read all answers of a run; what it has read before is not asked again."
     outputs = {n: read_json(Path(run_dir) / "answers" / "alpaca_eval" / n / "model_outputs.json") for n in ("base", "tuned")}
-    replies, reference = Path(run_dir) / "judgments" / "replies.jsonl", reference_of(recipe)
+    replies, reference = Path(run_dir) / "judgments" / "replies.jsonl", _reference_of(recipe)
     pairs = {"tuned against base": (outputs["base"], outputs["tuned"])} | ({f"{n} against {reference[0]['generator']}": (reference, outputs[n]) for n in outputs} if reference else {})
     annotations = {name: compare(judge, *pair, replies, log=log) for name, pair in pairs.items()}
     answers = [json.loads(line) for path in sorted((Path(run_dir) / "answers" / "mt_bench" / "model_answer").glob("*.jsonl")) for line in path.read_text(encoding="utf-8").split("\n") if line]
     graded = grade(judge, load_questions(recipe.mtbench), answers, replies, load_references("corrected" if recipe.mtbench == "official" else recipe.mtbench), log=log)
     return dict(annotations=annotations, judgments=graded, check=compare(judge, *check_pairs(test), replies, log=log))
 
+# %% ../nbs/03_eval.ipynb #i4559200
 def keep_verdicts(
     run_dir: Path,  # gets RUN_DIR/judgments/alpaca_eval and mt_bench
     judge_name: str,
@@ -182,12 +191,6 @@ def keep_verdicts(
     who = re.sub(r"[^A-Za-z0-9.-]+", "-", judge_name)
     for name, rows in verdicts["annotations"].items(): write_json(folder / "alpaca_eval" / who / f"{name.replace(' ', '_')}.json", rows)
     write_text(folder / "mt_bench" / "model_judgment" / f"{who}_single.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in verdicts["judgments"]))
-
-def reference_of(recipe):
-    "AlpacaEval's reference answers, where `recipe.alpaca` has them."
-    if recipe.alpaca == "sample": return None
-    try: return load_reference(recipe.alpaca)
-    except DataError: return None  # instructions alone
 
 # %% ../nbs/03_eval.ipynb #03e015
 def summarise(

@@ -19,7 +19,7 @@ from .packing import attend, pack
 from .step import angles_at, fits_llama, group_forward, hold_weights, is_llama, llama_blocks
 
 # %% auto #0
-__all__ = ['Answer', 'choose', 'attend_cached', 'Decoder', 'Rows', 'generate']
+__all__ = ['Answer', 'choose', 'attend_cached', 'Decoder', 'fill', 'step', 'Rows', 'generate']
 
 # %% ../nbs/03a_generate.ipynb #03a006
 @dataclass
@@ -126,11 +126,13 @@ def _logits(base, blocks, x): # hidden states to [rows, vocabulary]
     return blocks[0].qkv.ops.rms_norm(x, base.model.norm.weight, blocks[0].eps)[0] @ base.lm_head.weight.t()
 
 # %% ../nbs/03a_generate.ipynb #03a022
+def _base(model): return model.get_base_model() if hasattr(model, "get_base_model") else model
+
 class Decoder:
-    "Answers for a fixed number of prompts at a time, by a Llama, with its adapters if they are on."
+    "The slots of a Llama that answers, with its adapters if they are on."
     def __init__(self,
         model,               # for which `is_llama`, or a PeftModel of one
-        eos: int,            # the end token; -1: none
+        eos: int,            # the end token
         slots: int,          # prompts at a time
         capacity: int,       # tokens of prompt and answer together, at most
         max_new_tokens: int, # of an answer
@@ -139,66 +141,71 @@ class Decoder:
         self.base, self.eos, self.graph, ops = (base := _base(model)), eos, None, operations(model.device)
         self.blocks, groups = llama_blocks(base, ops)
         self.row, self.attend = (0, attend_cached) if ops is PLAIN else (2048, _attend_cached_triton)  # tokens of a row of prompts; 0: as they come
-        hold_weights(groups, keep, base.lm_head.weight.dtype)
+        hold_weights(groups, keep, dtype := base.lm_head.weight.dtype)
         for g in groups:
-            if g.A: low = torch.cat([p.detach().flatten() for p in g.A + g.B]).to(base.lm_head.weight.dtype); g.bind(0, low, low)
+            if g.A: low = torch.cat([p.detach().flatten() for p in g.A + g.B]).to(dtype); g.bind(0, low, low)
         new = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=base.device)
-        self.cache = new(len(self.blocks), 2, slots, self.blocks[0].key_heads, capacity, self.blocks[0].size, dtype=base.lm_head.weight.dtype)
+        self.cache = new(len(self.blocks), 2, slots, self.blocks[0].key_heads, capacity, self.blocks[0].size, dtype=dtype)
         self.tokens, self.lengths, self.count, self.slot, self.out = new(slots), new(slots), new(slots), torch.arange(slots, device=base.device), new(slots, max_new_tokens)
         self.temperature, self.draws, self.active = new(slots, dtype=torch.float32), new(slots, max_new_tokens, dtype=torch.float32), new(slots, dtype=torch.bool)
-        if self.row: self._record()
+        if self.row: _record(self)
 
-    def _take(self, x, who): # the next token of the slots `who`, from their last hidden state
-        at = self.count.clamp(max=self.out.shape[1] - 1)
-        chosen = torch.where(who, choose(_logits(self.base, self.blocks, x), self.temperature, self.draws[self.slot, at]), self.tokens)
-        self.out[self.slot, at] = torch.where(who, chosen, self.out[self.slot, at])
-        self.tokens.copy_(chosen); self.count += who
-        self.active.copy_(torch.where(who, (chosen != self.eos) & (self.count < self.out.shape[1]), self.active))
+# %% ../nbs/03a_generate.ipynb #i0627511
+def _take(d, x, who): # the next token of the slots `who`, from their last hidden state
+    at = d.count.clamp(max=d.out.shape[1] - 1)
+    chosen = torch.where(who, choose(_logits(d.base, d.blocks, x), d.temperature, d.draws[d.slot, at]), d.tokens)
+    d.out[d.slot, at] = torch.where(who, chosen, d.out[d.slot, at])
+    d.tokens.copy_(chosen); d.count += who
+    d.active.copy_(torch.where(who, (chosen != d.eos) & (d.count < d.out.shape[1]), d.active))
 
-    def _step(self, span):
+def _advance(d, span): # a token for every slot at work; none has seen `span` tokens
+    def attention(i, q, k, v):
+        for cache, new in zip(d.cache[i], (k, v)): cache[d.slot, :, d.lengths] = new
+        return d.attend(q, *d.cache[i], d.lengths + 1, span)
+    x, who = _stream(d.base, d.blocks, d.tokens, d.lengths, attention), d.active.clone()
+    d.lengths += who
+    _take(d, x, who)
+
+@torch.inference_mode()
+def _record(d):
+    stream = torch.cuda.Stream(); stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        _advance(d, d.cache.shape[4])  # compile and load
+        d.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(d.graph, stream=stream): _advance(d, d.cache.shape[4])
+    torch.cuda.current_stream().wait_stream(stream)
+
+# %% ../nbs/03a_generate.ipynb #i4270451
+@torch.inference_mode()
+def fill(
+    d: Decoder,
+    slots: list[int],         # free ones
+    prompts: list[list[int]], # token ids, one prompt a slot
+    temperature, draws,       # one of each for every prompt: number, float32 [max_new_tokens]
+):
+    "Read prompts into slots and take their first tokens."
+    device, lengths, last = d.cache.device, torch.tensor([len(p) for p in prompts]), d.cache.new_zeros(len(d.slot), d.base.config.hidden_size)
+    for chunk in _chunks(lengths.tolist(), d.row or 10**9):
+        n = int(lengths[chunk].sum())
+        ids = [prompts[j] for j in chunk] + ([[0] * (-n % d.row)] if d.row and n % d.row else [])
+        row, owner = pack([dict(input_ids=i, labels=i) for i in ids]).to(device), torch.repeat_interleave(torch.tensor(slots)[chunk], lengths[chunk]).to(device)
         def attention(i, q, k, v):
-            for cache, new in zip(self.cache[i], (k, v)): cache[self.slot, :, self.lengths] = new
-            return self.attend(q, *self.cache[i], self.lengths + 1, span)
-        x, who = _stream(self.base, self.blocks, self.tokens, self.lengths, attention), self.active.clone()
-        self.lengths += who
-        self._take(x, who)
+            for cache, new in zip(d.cache[i], (k, v)): cache[owner, :, row.positions[:n]] = new[:n]
+            return attend(q, k, v, row)
+        last[[slots[j] for j in chunk]] = _stream(d.base, d.blocks, row.input_ids, row.positions, attention)[row.bounds[1:len(chunk) + 1].long() - 1]
+    at, who = torch.tensor(slots, device=device), torch.zeros_like(d.active)
+    d.lengths[at], d.count[at], who[at] = lengths.to(device), 0, True
+    d.temperature[at], d.draws[at] = (torch.tensor(np.asarray(t), dtype=torch.float32, device=device) for t in (temperature, draws))
+    _take(d, last, who)
 
-    @torch.inference_mode()
-    def _record(self):
-        stream = torch.cuda.Stream(); stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._step(self.cache.shape[4])  # compile and load; nobody is at work yet, so nothing changes
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=stream): self._step(self.cache.shape[4])
-        torch.cuda.current_stream().wait_stream(stream)
-
-    @torch.inference_mode()
-    def step(self): # a token for every slot at work
-        if self.graph: self.graph.replay()
-        else: self._step(int(self.lengths.max()) + 1)
-
-    @torch.inference_mode()
-    def fill(self,
-        slots: list[int],         # free ones
-        prompts: list[list[int]], # token ids, one prompt a slot
-        temperature, draws,       # one of each for every prompt: number, float32 [max_new_tokens]
-    ):
-        "Read prompts into slots and take their first tokens."
-        device, lengths, last = self.cache.device, torch.tensor([len(p) for p in prompts]), self.cache.new_zeros(len(self.slot), self.base.config.hidden_size)
-        for chunk in _chunks(lengths.tolist(), self.row or 10**9):
-            n = int(lengths[chunk].sum())
-            ids = [prompts[j] for j in chunk] + ([[0] * (-n % self.row)] if self.row and n % self.row else [])
-            row, owner = pack([dict(input_ids=i, labels=i) for i in ids]).to(device), torch.repeat_interleave(torch.tensor(slots)[chunk], lengths[chunk]).to(device)
-            def attention(i, q, k, v):
-                for cache, new in zip(self.cache[i], (k, v)): cache[owner, :, row.positions[:n]] = new[:n]
-                return attend(q, k, v, row)
-            last[[slots[j] for j in chunk]] = _stream(self.base, self.blocks, row.input_ids, row.positions, attention)[row.bounds[1:len(chunk) + 1].long() - 1]
-        at, who = torch.tensor(slots, device=device), torch.zeros_like(self.active)
-        self.lengths[at], self.count[at], who[at] = lengths.to(device), 0, True
-        self.temperature[at], self.draws[at] = (torch.tensor(np.asarray(t), dtype=torch.float32, device=device) for t in (temperature, draws))
-        self._take(last, who)
-
-def _base(model): return model.get_base_model() if hasattr(model, "get_base_model") else model
+# %% ../nbs/03a_generate.ipynb #i3348502
+@torch.inference_mode()
+def step(
+    d: Decoder,
+):
+    "A token for every slot at work."
+    if d.graph: d.graph.replay()
+    else: _advance(d, int(d.lengths.max()) + 1)
 
 def _chunks(lengths, most):
     "Numbers of prompts in order, as many together as have `most` tokens."
@@ -208,6 +215,7 @@ def _chunks(lengths, most):
         out[-1].append(i); n += m
     return out
 
+# %% ../nbs/03a_generate.ipynb #03a025
 def _room(base):
     "Bytes a card has for the cache, and what NF4 weights take of them when they are kept dequantised."
     if base.device.type == "cpu": return 2**62, 0
@@ -215,7 +223,6 @@ def _room(base):
     linears = [getattr(m, "base_layer", m) for layer in base.model.layers for m in layer.modules() if hasattr(m, "in_features") and not hasattr(m, "lora_A")]
     return 0.85 * free - 2**30, sum(l.in_features * l.out_features * width for l in linears if hasattr(l.weight, "quant_state"))
 
-# %% ../nbs/03a_generate.ipynb #03a025
 def _slots(model, lengths, max_new_tokens, batch_size):
     "Slots, the capacity of each, and whether to keep the weights dequantised."
     base, capacity = _base(model), max(lengths) + max_new_tokens
@@ -227,6 +234,7 @@ def _slots(model, lengths, max_new_tokens, batch_size):
     keep = room > weights + row and 2 * fit >= most
     return fit if keep else most, capacity, keep
 
+# %% ../nbs/03a_generate.ipynb #i5348877
 def _decode(model, tokenizer, encoded, temperature, draws, max_new_tokens, slots, todo):
     "Yield (number, ids) of the prompts `todo` as they are finished."
     slots, capacity, keep = _slots(model, [len(e) for e in encoded], max_new_tokens, slots)
@@ -237,9 +245,9 @@ def _decode(model, tokenizer, encoded, temperature, draws, max_new_tokens, slots
         free = [s for s in range(slots) if s not in at]
         if waiting and len(free) >= (slots + 3) // 4:
             new = {s: waiting.popleft() for s in free[:len(waiting)]}
-            decoder.fill(list(new), [encoded[i] for i in new.values()], [temperature[i] for i in new.values()], np.stack([draws[i] for i in new.values()]))
+            fill(decoder, list(new), [encoded[i] for i in new.values()], [temperature[i] for i in new.values()], np.stack([draws[i] for i in new.values()]))
             at |= new
-        for _ in range(8 if decoder.graph else 1): decoder.step()
+        for _ in range(8 if decoder.graph else 1): step(decoder)
         active, count = decoder.active.tolist(), decoder.count.tolist()
         for s in [s for s in at if not active[s]]: yield at.pop(s), decoder.out[s, :count[s]].tolist()
 
@@ -268,11 +276,43 @@ class Rows:
         self.rows[key] = row
 
 # %% ../nbs/03a_generate.ipynb #03a031
+def _encode(model, tokenizer, prompts, max_new_tokens): # token ids of each prompt
+    limit, encoded = getattr(model.config, "max_position_embeddings", None) or 10**9, tokenizer(prompts).input_ids if prompts else []
+    for n, ids in enumerate(encoded, 1):
+        if not ids: raise DollyError(f"prompt {n} is empty: write something")
+        if len(ids) + max_new_tokens > limit: raise DollyError(f"prompt {n} has {len(ids):,} tokens; with {max_new_tokens:,} new ones the model has room for {limit:,}: shorten it")
+    return encoded
+
+def _finish(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, todo, log):
+    "Yield (number, Answer) of the prompts `todo`; when memory runs out, with half of the slots."
+    way, left = _decode if _decodes(model) else _plain, set(todo)
+    while left:
+        try:
+            for i, ids in way(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, sorted(left)): left.discard(i); yield i, _answer(ids, tokenizer)
+        except torch.OutOfMemoryError as e:
+            batch_size = getattr(e, "slots", min(batch_size, len(encoded)))
+            if batch_size == 1: raise DollyError(f"out of GPU memory with one prompt of {max(len(encoded[i]) for i in left)} tokens: set a smaller max_new_tokens or a shorter prompt") from None
+            batch_size //= 2; log(f"out of memory: {batch_size} prompts at a time from here")
+        finally: torch.cuda.empty_cache()
+
+def _decodes(model): # a Llama, without an adapter or with one on every linear of its blocks
+    return is_llama(_base(model)) and (_base(model) is model or fits_llama(model))
+
+# %% ../nbs/03a_generate.ipynb #i7296881
+def _keys(prompts, heat, max_new_tokens, seed, made_with): # what each answer depends on, hashed; the seed counts only where something is drawn
+    decoding = lambda t: dict(max_new_tokens=max_new_tokens, temperature=float(t)) | (dict(seed=seed) if t else {})
+    return [hashlib.sha256(json.dumps([p, made_with, decoding(t)], sort_keys=True).encode()).hexdigest()[:32] for p, t in zip(prompts, heat)]
+
+def _progress(done, all_, now, tokens, seconds):
+    left = f", {timedelta(seconds=round(seconds / now * (all_ - done)))} left" if done < all_ else ""
+    return f"{done:,} of {all_:,} answers, {tokens / seconds:,.0f} tokens/s{left}"
+
+# %% ../nbs/03a_generate.ipynb #i0226918
 @torch.inference_mode()
 def generate(
     model,                     # a causal language model or PeftModel; its adapters count if they are on
     tokenizer,                 # pads on the left
-    prompts: list[str],        # from `build_prompt` or `build_conversation`
+    prompts: list[str],        # from `build_prompt` or `build_conversation`; `DollyError` for one that is empty or too long
     max_new_tokens: int = 256, # longest answer
     batch_size: int = 16,      # prompts at a time, at most
     temperature: float | list[float] = 0.0, # 0: greedy; a list has one for each prompt
@@ -282,34 +322,16 @@ def generate(
     made_with: dict | None = None, # what else the answers depend on: model, revision, adapter
 ) -> list[Answer]: # in the order of `prompts`
     "Answer every prompt once; greedy unless a temperature is given."
-    heat = np.broadcast_to(np.asarray(temperature, np.float32), len(prompts))
-    decoding = lambda t: dict(max_new_tokens=max_new_tokens) | (dict(temperature=float(t), seed=seed) if t else dict(temperature=0.0))
-    keys = [hashlib.sha256(json.dumps([p, made_with, decoding(t)], sort_keys=True).encode()).hexdigest()[:32] for p, t in zip(prompts, heat)]
-    done = {k: Answer(**rows[k]) for k in keys if rows and k in rows}
-    each, encoded = {k: i for i, k in reversed(list(enumerate(keys)))}, tokenizer(prompts).input_ids if prompts else []   # a prompt that comes twice is asked once
+    heat, encoded, training, start, shown = np.broadcast_to(np.asarray(temperature, np.float32), len(prompts)), _encode(model, tokenizer, prompts, max_new_tokens), model.training, time.time(), time.time()
+    keys = _keys(prompts, heat, max_new_tokens, seed, made_with)
+    done, made = {k: Answer(**rows[k]) for k in keys if rows and k in rows}, 0
+    todo = {k: i for i, k in reversed(list(enumerate(keys))) if k not in done}  # a prompt that comes twice is asked once
     draws = [_draws(p, seed, max_new_tokens) if t else np.zeros(max_new_tokens, np.float32) for p, t in zip(prompts, heat)]
-    way, training, start, shown, made = _decode if _decodes(model) else _plain, model.training, time.time(), time.time(), 0
-    limit = getattr(model.config, "max_position_embeddings", None) or 10**9
-    for n, ids in enumerate(encoded, 1):
-        if not 0 < len(ids) <= limit - max_new_tokens: raise DollyError(f"prompt {n} has {len(ids):,} tokens; with {max_new_tokens:,} new ones the model has room for {limit:,}: " + ("shorten it" if ids else "write something"))
-    while todo := [i for k, i in each.items() if k not in done]:
-        model.eval()
-        try:
-            for i, ids in way(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, todo):
-                done[keys[i]] = answer = _answer(ids, tokenizer); made += answer.n_tokens
-                if rows is not None: rows.add(keys[i], asdict(answer))
-                left = len(each) - len(done)
-                if time.time() - shown > 10 or not left: shown = time.time(); log(_progress(len(done), len(each), len(todo) - left, made, shown - start))
-        except torch.OutOfMemoryError as e:
-            batch_size = getattr(e, "slots", min(batch_size, len(each)))
-            if batch_size == 1: raise DollyError(f"out of GPU memory with one prompt of {max(len(encoded[i]) for i in todo)} tokens: set a smaller max_new_tokens or a shorter prompt") from None
-            batch_size //= 2; log(f"out of memory: {batch_size} prompts at a time from here")
-        finally: torch.cuda.empty_cache(); model.train(training)
+    model.eval()
+    try:
+        for n, (i, answer) in enumerate(_finish(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, todo.values(), log), 1):
+            done[keys[i]] = answer; made += answer.n_tokens
+            if rows is not None: rows.add(keys[i], asdict(answer))
+            if time.time() - shown > 10 or n == len(todo): shown = time.time(); log(_progress(len(done), len(set(keys)), n, made, shown - start))
+    finally: model.train(training)
     return [done[k] for k in keys]
-
-def _progress(done, all_, now, tokens, seconds):
-    left = f", {timedelta(seconds=round(seconds / now * (all_ - done)))} left" if done < all_ else ""
-    return f"{done:,} of {all_:,} answers, {tokens / seconds:,.0f} tokens/s{left}"
-
-def _decodes(model): # a Llama, without an adapter or with one on every linear of its blocks
-    return is_llama(_base(model)) and (_base(model) is model or fits_llama(model))

@@ -4,7 +4,7 @@
 
 # %% ../nbs/00a_models.ipynb #a64d40a8
 from __future__ import annotations
-import contextlib, importlib.util, io, os, tempfile
+import contextlib, importlib.util, io, os
 from pathlib import Path
 import torch, transformers
 from .config import PRESETS, DollyError, Recipe, project_root, sample_path, short_path

@@ -37,6 +37,7 @@ def _figure(name, caption): return f"\n\n![{caption}](figures/{name}.svg)\n\n*{c
 
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "tiny": "a random two-layer Llama", "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B", "random-7b": "LLaMA-2-7B's shape, random weights"}
 def _method(r): return "QLoRA" if r["recipe"]["load_in_4bit"] and r["environment"]["gpu"] else "LoRA"
+def _source(r): return "the embedded sample" if r["data"]["source"] == "sample" else r["data"]["source"]
 def _model(r): return MODELS.get(r["recipe"]["base"], r["recipe"]["base"])
 
 # %% ../nbs/05_report.ipynb #72ce69d9
@@ -47,8 +48,8 @@ def section_summary(r: dict) -> str: # `r` from `collect`; Markdown
     stand_in = "" if "Llama-2" in r["recipe"]["base"] else (
         f"\n\n> **The base model of this run is {_model(r)}, not LLaMA-2-7B.** LLaMA-2's weights are gated; this is a small model of the same architecture that can be had without an account, run through the same code. "
         "Its quality is that of a small model. The `llama2` preset is the assignment.")
-    return (f"{_model(r)} was tuned with {_method(r)} (rank {r['recipe']['lora_r']}, {s['trainable_parameters']:,} trainable parameters) on {r['data']['splits']['train']:,} records of "
-            f"{r['data']['source']} for {s['epochs']:.3g} epoch{'' if s['epochs'] == 1 else 's'}, {s['steps']:,} steps of {r['recipe']['batch_size']} examples. On {r['data']['splits']['test']:,} held-out records the loss of the reference answers went from "
+    return (f"{_model(r)[0].upper()}{_model(r)[1:]} was tuned with {_method(r)} (rank {r['recipe']['lora_r']}, {s['trainable_parameters']:,} trainable parameters) on {r['data']['splits']['train']:,} records of "
+            f"{_source(r)} for {s['epochs']:.3g} epoch{'' if s['epochs'] == 1 else 's'}, {s['steps']:,} steps of {r['recipe']['batch_size']} examples. On {r['data']['splits']['test']:,} held-out records the loss of the reference answers went from "
             f"{e['test']['base']['loss']:.3f} to {e['test']['tuned']['loss']:.3f} nats a token ({d['difference']:+.3f}, 95 % interval {d['low']:+.3f} to {d['high']:+.3f}): the tuned model is {verdict}. "
             f"Of its test answers {e['test']['tuned']['finished']:.0f} % end by themselves; of the base model's, {e['test']['base']['finished']:.0f} %.{stand_in}")
 
@@ -58,8 +59,8 @@ def section_dataset(r: dict) -> str: # `r` from `collect`; Markdown
     c, t = r["data"]["cleaning"], r["tokens"]
     names = sorted({n for p in r["data"]["categories"].values() for n in p})
     splits = [[n, *(r["data"]["categories"][p].get(n, 0) for p in ("train", "val", "test"))] for n in names]
-    return (f"{c['read']:,} records were read from {r['data']['source']}. Before the split these were removed: {c['empty_responses']} without a response, {c['exact_duplicates']} exact duplicates, "
-            f"{c['normalised_duplicates']} that repeated another but for case and white space. {c['citation_marks']:,} citation marks were removed from {c['contexts_with_marks']:,} contexts. "
+    return (f"{c['read']:,} records were read from {_source(r)}. Before the split were removed: records without a response ({c['empty_responses']}), exact duplicates ({c['exact_duplicates']}), "
+            f"and repetitions but for case and white space ({c['normalised_duplicates']}). {c['citation_marks']:,} citation marks were removed from {c['contexts_with_marks']:,} contexts. "
             f"{c['kept']:,} records remain, split by a hash of the passage, or of the instruction where there is none (seed {r['recipe']['seed']}), stratified by category; no passage is on two sides.\n\n"
             + _table(["category", "train", "validation", "test"], splits + [["all", *(r["data"]["splits"][p] for p in ("train", "val", "test"))]]) + _figure("categories", "Records by category and split.")
             + f"\nExamples are cut at {r['recipe']['max_length']:,} tokens: {t['train']['cut']} of {t['train']['examples']:,} training examples are ({t['train']['tokens_cut']:,} tokens lost), {t['train']['dropped']} "

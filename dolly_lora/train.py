@@ -8,16 +8,16 @@ import gc, math, os, resource, shutil, time, zipfile
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from dataclasses import replace
 from pathlib import Path
-from .config import ConfigError, DollyError, Recipe, environment, read_json, save_fig, start_run, write_json, write_text
+from .config import ConfigError, DollyError, Recipe, environment, read_json, start_run, write_json, write_text
 import torch, transformers
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from .data import encode_split, prepare_data
-from .packing import pack, padding_cost, plot_padding, share_out
+from .packing import pack, padding_cost, share_out
 from .step import make_engine
-from .models import add_lora, compute_dtype, load_base, load_tokenizer, load_tuned, lora_parameter_count
+from .models import add_lora, compute_dtype, load_base, load_tokenizer
 
 # %% auto #0
 __all__ = ['DollyTrainer', 'collate', 'Progress', 'training_arguments', 'last_checkpoint', 'summarise', 'model_card', 'train',

@@ -4,7 +4,6 @@ import lzma
 import math
 import os
 import subprocess
-import sys
 import venv
 
 import pytest

@@ -17,7 +17,7 @@ from dolly_lora import kernels, packing
 from dolly_lora.config import PRESETS, DollyError
 from dolly_lora.models import add_lora, load_base, tiny_model, tiny_tokenizer
 from dolly_lora.packing import PackedModel, pack, share_out
-from dolly_lora.step import FlatParameters, FusedLlama, Plan, fits_llama, make_engine
+from dolly_lora.step import FusedLlama, Plan, fits_llama, make_engine
 from dolly_lora.train import collate, last_checkpoint, train
 
 TINY = replace(PRESETS["tiny"], lora_dropout=0.0)
