@@ -199,8 +199,7 @@ def _obey(talk, command, rest):
 def _read(talk, leaving): # a line, None to leave, or "\x03" for a first Ctrl-C
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if leaving: print("(Ctrl-C once more leaves)")
-        return input("> ").strip()
+        return input("(Ctrl-C once more leaves)\n> " * leaving or "> ").strip()  # said by the prompt: then the terminal listens
     except EOFError: print(); return None
     except KeyboardInterrupt: print(); return None if leaving else "\x03"
     finally: signal.signal(signal.SIGINT, lambda *_: talk.stop())

@@ -1,6 +1,7 @@
 """A judge behind an endpoint that misbehaves; what is paid for once is not paid for twice."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,10 +124,8 @@ def test_an_error_is_asked_again_and_an_answer_is_not(tmp_path):
     assert [ask(Scripted(lambda q: next(said)), one, tmp_path / "r.jsonl")[0].text for _ in range(3)] == ["", "A", "A"]
 
 
-def test_judge_command(server, tmp_path, capsys, monkeypatch):
-    run = tmp_path / "run"
-    assert cli.main(["run", "tiny", "--run-dir", str(run)]) == 0
-    capsys.readouterr()
+def test_judge_command(server, tiny_run, tmp_path, capsys, monkeypatch):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
     assert cli.main(["judge", "--run-dir", str(run), "--dry-run"]) == 0
     assert capsys.readouterr().out.startswith("local tiny: 0 calls")   # all of it was asked in the run
     monkeypatch.setattr("dolly_lora.alpaca.judge_prompt", lambda: TEMPLATE); monkeypatch.setattr("dolly_lora.mtbench.load_prompts", lambda: PROMPTS)
