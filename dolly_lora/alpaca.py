@@ -28,9 +28,12 @@ def _read(source, fields):
     path = project_root() / source
     try:
         with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as f: rows = json.load(f)
-    except OSError: raise DataError(f"cannot read {short_path(path)}: give the path of the official file (.json, .json.xz) or `official`") from None
+    except OSError:
+        raise DataError(f"cannot read {short_path(path)}: give the path of the official file (.json, "
+                        f".json.xz) or `official`") from None
     except json.JSONDecodeError as e: raise DataError(f"{path.name} line {e.lineno}: not JSON ({e.msg})") from None
-    except (UnicodeDecodeError, lzma.LZMAError): raise DataError(f"{path.name}: not UTF-8, or not what its ending says") from None
+    except (UnicodeDecodeError, lzma.LZMAError):
+        raise DataError(f"{path.name}: not UTF-8, or not what its ending says") from None
     if not isinstance(rows, list) or not rows: raise DataError(f"{path.name}: expected a list of objects")
     for n, r in enumerate(rows, 1):
         bad = [f for f in fields if not isinstance(r, dict) or not isinstance(r.get(f), str)]
@@ -39,7 +42,7 @@ def _read(source, fields):
 
 # %% ../nbs/03c_alpaca.ipynb #03c006
 def load_reference(
-    source: str | Path = "official", # path of the reference's model_outputs.json (or .json.xz), or `official`: downloaded once, CC BY-NC 4.0
+    source: str | Path = "official", # path of model_outputs.json (or .json.xz), or `official`: downloaded once, CC BY-NC 4.0
 ) -> list[dict]: # dataset, instruction, output, generator; `DataError` for a file of another kind
     "The reference model's answers, in the official order."
     return _read(fetch(*OFFICIAL) if source == "official" else source, ("instruction", "output", "generator"))
@@ -69,16 +72,20 @@ def judge_prompt(
     "The official judge's prompt."
     spec = None if source else importlib.util.find_spec("alpaca_eval")
     if not source and not spec:
-        raise DollyError("no official judge prompt here: pip install --no-deps alpaca_eval==0.6.6, or give the path of alpaca_eval_clf.txt")
-    path = Path(source or f"{spec.submodule_search_locations[0]}/evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt")
+        raise DollyError("no official judge prompt here: pip install --no-deps alpaca_eval==0.6.6, "
+                         "or give the path of alpaca_eval_clf.txt")
+    inside = "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
+    path = Path(source or f"{spec.submodule_search_locations[0]}/{inside}")
     if not path.is_file(): raise DataError(f"no file at {short_path(path)}: give the path of alpaca_eval_clf.txt")
     messages = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", path.read_text(encoding="utf-8"), re.S)
     if not all("{%s}" % k in "".join(t for _, t in messages) for k in ("instruction", "output_1", "output_2")):
-        raise DataError(f"{path.name}: not a judge prompt in chat markup with {{instruction}}, {{output_1}} and {{output_2}}")
+        raise DataError(f"{path.name}: not a judge prompt in chat markup with {{instruction}}, "
+                        f"{{output_1}} and {{output_2}}")
     return tuple((role, text.strip()) for role, text in messages)
 
 # %% ../nbs/03c_alpaca.ipynb #03c015
-OWN_PROMPT = (("user", """Here is an instruction with two answers to it. Compare them: which one does what was asked, is right, and reads well?
+OWN_PROMPT = (("user", """Here is an instruction with two answers to it. Compare them: \
+which one does what was asked, is right, and reads well?
 
 # Instruction
 {instruction}
@@ -99,7 +106,8 @@ def pair_question(
 ) -> Question: # to choose between A and B, or, with the official prompt, between m and M
     "Show two answers to the judge in this order."
     fill = dict(instruction=instruction, output_1=first, output_2=second)
-    messages = tuple((role, re.sub(r"\{(instruction|output_1|output_2)\}", lambda m: fill[m[1]], text)) for role, text in template)
+    messages = tuple((role, re.sub(r"\{(instruction|output_1|output_2)\}", lambda m: fill[m[1]], text))
+                     for role, text in template)
     if template is OWN_PROMPT: return Question(messages, ("A", "B"), lead="The better answer: [[")
     return Question(messages, ("m", "M"))
 
@@ -117,8 +125,9 @@ def second_is_better(
 def _annotation(a, b, annotator, second, swapped):
     "One row, from p(second is better) as asked and with the answers swapped."
     orders = [second, None if swapped is None else 1 - swapped]
-    return dict(instruction=b["instruction"], dataset=b.get("dataset", "unknown"), output_1=a["output"], generator_1=a["generator"], output_2=b["output"],
-                generator_2=b["generator"], annotator=annotator, preference=None if None in orders else 1 + sum(orders) / 2, orders=orders)
+    return dict(instruction=b["instruction"], dataset=b.get("dataset", "unknown"), output_1=a["output"],
+                generator_1=a["generator"], output_2=b["output"], generator_2=b["generator"], annotator=annotator,
+                preference=None if None in orders else 1 + sum(orders) / 2, orders=orders)
 
 # %% ../nbs/03c_alpaca.ipynb #03c021
 def compare(
@@ -128,30 +137,35 @@ def compare(
     path: str | Path,      # JSONL file in which the judge's replies are kept and from which they are replayed
     template: tuple = (),  # the prompt; default: `judge_prompt()` for an official judge, `OWN_PROMPT` for a local one
     log=print,             # gets the progress and the number of invalid pairs
-) -> list[dict]: # in the official format: `preference` from 1 to 2 (2: outputs_2 is better), None where a reply is invalid; and `orders`
+) -> list[dict]: # official format: `preference` from 1 to 2 (2: outputs_2 is better), None for an invalid reply; `orders`
     "Ask about every pair in both orders; `orders` is p(output_2 is better) when it is shown second, and first."
     template = template or (judge_prompt() if judge.official else OWN_PROMPT)
     known = {r["instruction"]: r for r in outputs_1}
     lost = [r["instruction"] for r in outputs_2 if r["instruction"] not in known]
-    if lost: raise DataError(f"outputs_1 has no answer to {len(lost)} of {len(outputs_2)} instructions, the first {lost[0][:60]!r}")
+    if lost:
+        raise DataError(f"outputs_1 has no answer to {len(lost)} of {len(outputs_2)} instructions, "
+                        f"the first {lost[0][:60]!r}")
     pairs = [(known[r["instruction"]], r) for r in outputs_2]
-    questions = [pair_question(a["instruction"], x["output"], y["output"], template) for a, b in pairs for x, y in ((a, b), (b, a))]
+    questions = [pair_question(a["instruction"], x["output"], y["output"], template)
+                 for a, b in pairs for x, y in ((a, b), (b, a))]
     p = [second_is_better(r, q.choices) for q, r in zip(questions, ask(judge, questions, path, log=log))]
     rows = [_annotation(a, b, judge.name, second, first) for (a, b), second, first in zip(pairs, p[::2], p[1::2])]
     invalid = sum(r["preference"] is None for r in rows)
-    if invalid: log(f"{invalid} of {len(rows)} pairs without a valid reply in both orders: they count for neither side")
+    if invalid:
+        log(f"{invalid} of {len(rows)} pairs without a valid reply in both orders: they count for neither side")
     return rows
 
 # %% ../nbs/03c_alpaca.ipynb #03c027
 def consistency(
     annotations: list[dict], # from `compare`
-) -> dict: # valid `pairs`, `invalid` ones; in percent `contradicted` (the orders name different winners), `first` (mean probability of the first place)
+) -> dict: # valid `pairs`, `invalid` ones; in percent `contradicted` (orders disagree), `first` (its mean probability)
     "Does the judge agree with itself when the answers change places?"
     p = np.array([r["orders"] for r in annotations if None not in r["orders"]])
     counts = dict(pairs=len(p), invalid=len(annotations) - len(p))
     if not len(p): return counts | dict(contradicted=None, first=None)
     contradicted = (p[:, 0] - 0.5) * (p[:, 1] - 0.5) < 0
-    return counts | dict(contradicted=100 * float(contradicted.mean()), first=50 * float(np.mean(1 - p[:, 0] + p[:, 1])))
+    return counts | dict(contradicted=100 * float(contradicted.mean()),
+                         first=50 * float(np.mean(1 - p[:, 0] + p[:, 1])))
 
 # %% ../nbs/03c_alpaca.ipynb #03c033
 def _table(annotations, positional=False):
@@ -160,15 +174,23 @@ def _table(annotations, positional=False):
     if isinstance(annotations, (str, Path)): annotations = _read(annotations, columns)
     table = pd.DataFrame(annotations)
     missing = [c for c in (*columns, "preference") if c not in table]
-    if missing: raise DataError(f"annotations without `{missing[0]}`: give a list, DataFrame or file (.json, .json.xz) in the official format")
-    if not table[list(columns)].map(lambda v: isinstance(v, str)).all(axis=None): raise DataError(f"annotations: {', '.join(columns)} have to be texts")
+    if missing:
+        raise DataError(f"annotations without `{missing[0]}`: give a list, DataFrame or file (.json, "
+                        f".json.xz) in the official format")
+    if not table[list(columns)].map(lambda v: isinstance(v, str)).all(axis=None):
+        raise DataError(f"annotations: {', '.join(columns)} have to be texts")
     for who in "generator_1", "generator_2":
-        if table[who].nunique() > 1: raise DataError(f"annotations with {table[who].nunique()} names under {who}: score one model at a time")
-    p = pd.to_numeric(table.preference, errors="coerce").astype(float).replace(0.0, 1.5) - 1   # 0 is how older files write a tie
+        if table[who].nunique() > 1:
+            raise DataError(f"annotations with {table[who].nunique()} names under {who}: score one model at a time")
+    # 0 is how older files write a tie
+    p = pd.to_numeric(table.preference, errors="coerce").astype(float).replace(0.0, 1.5) - 1
     table = table.assign(p=p.where(p.between(0, 1)))
-    if not table.p.notna().any(): raise DataError(f"none of {len(table)} annotations has a preference from 1 to 2: look at the judge's replies")
+    if not table.p.notna().any():
+        raise DataError(f"none of {len(table)} annotations has a preference from 1 to 2: look at the judge's replies")
     if positional: return table
-    key = lambda i: (805 if (at := official_position(table.instruction.iloc[i])) is None else at, table.instruction.iloc[i])
+    def key(i):
+        text = table.instruction.iloc[i]; at = official_position(text)
+        return 805 if at is None else at, text
     return table.iloc[sorted(range(len(table)), key=key)]
 
 # %% ../nbs/03c_alpaca.ipynb #03c036
@@ -180,7 +202,8 @@ def fit_glm(
     "L1-penalised logistic regression on soft labels, without an intercept."
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold
-    l1 = dict(penalty="l1") if LogisticRegression().get_params().get("penalty") == "l2" else dict(l1_ratio=1.0)  # the name changed in 1.8
+    # the name changed in 1.8
+    l1 = dict(penalty="l1") if LogisticRegression().get_params().get("penalty") == "l2" else dict(l1_ratio=1.0)
     rows, wins, soft = np.concatenate([x, x]), np.repeat([1, 0], len(x)), np.concatenate([p, 1 - p])
     def fit(i, c, rng):
         model = LogisticRegression(C=c, solver="liblinear", fit_intercept=False, random_state=rng, **l1)
@@ -190,7 +213,8 @@ def fit_glm(
         q = np.clip(_sigmoid(x[i] @ beta), 1e-15, 1 - 1e-15)
         return -np.mean(weight[i] * (p[i] * np.log(q) + (1 - p[i]) * np.log(1 - q)))
     strengths, losses, seed = np.logspace(-4, 4, 10), np.zeros(10), lambda: np.random.RandomState(123)
-    for train, held_out in GroupKFold(5).split(rows, wins, np.tile(np.arange(len(x)), 2)):  # both copies of a row on one side
+    # both copies of a row on one side
+    for train, held_out in GroupKFold(5).split(rows, wins, np.tile(np.arange(len(x)), 2)):
         rng = seed()
         losses += [loss(held_out, fit(train, c, rng)) for c in strengths]
     return fit(slice(None), strengths[losses.argmin()], seed())
@@ -203,7 +227,9 @@ class Refused(DollyError):
 
 def _csv(source, columns):
     try: table = source if isinstance(source, pd.DataFrame) else pd.read_csv(project_root() / source)
-    except (OSError, ValueError): raise DataError(f"cannot read {short_path(project_root() / source)} as CSV: give the path of {columns[-1]}") from None
+    except (OSError, ValueError):
+        raise DataError(f"cannot read {short_path(project_root() / source)} as CSV: "
+                        f"give the path of {columns[-1]}") from None
     lost = [c for c in columns[:-1] if c not in table]
     if lost: raise DataError(f"no column `{lost[0]}`: give {columns[-1]}")
     return table
@@ -211,13 +237,15 @@ def _csv(source, columns):
 def _difficulties(table, difficulty, positional):
     if isinstance(difficulty, Mapping): known, at = difficulty, table.instruction
     else:
-        if isinstance(difficulty, pd.DataFrame) and "index" not in difficulty: difficulty = difficulty.rename_axis("index").reset_index()
+        if isinstance(difficulty, pd.DataFrame) and "index" not in difficulty:
+            difficulty = difficulty.rename_axis("index").reset_index()
         values = _csv(difficulty, ("index", "instruction_difficulty", "instruction_difficulty.csv"))
         known = dict(zip(values["index"], values.instruction_difficulty))
         at = table.index if positional else [official_position(t) for t in table.instruction]
     found = np.array([known.get(i, np.nan) for i in at], dtype=float)
     lost = table.instruction[np.isnan(found)]
-    if len(lost): raise Refused(f"{len(lost)} of {len(table)} instructions have no difficulty, the first {lost.iloc[0][:60]!r}")
+    if len(lost):
+        raise Refused(f"{len(lost)} of {len(table)} instructions have no difficulty, the first {lost.iloc[0][:60]!r}")
     return found
 
 # %% ../nbs/03c_alpaca.ipynb #03c042
@@ -231,17 +259,23 @@ def length_controlled(
     table = _table(annotations, positional)
     who, ok = table.generator_1.iloc[0], table.p.notna().to_numpy()
     if who == table.generator_2.iloc[0]: return dict(length_controlled_winrate=50.0, lc_standard_error=0.0)
-    if who != REFERENCE: raise Refused(f"the reference is {who}: difficulties and gamed rows exist for {REFERENCE} only")
-    if difficulty is None or gamed is None: raise Refused("needs instruction_difficulty.csv and df_gamed.csv (hub data set tatsu-lab/alpaca_eval)")
+    if who != REFERENCE:
+        raise Refused(f"the reference is {who}: difficulties and gamed rows exist for {REFERENCE} only")
+    if difficulty is None or gamed is None:
+        raise Refused("needs instruction_difficulty.csv and df_gamed.csv (hub data set tatsu-lab/alpaca_eval)")
     twice = 0 if positional else table.instruction.duplicated().sum()
     if twice: raise Refused(f"{twice} instructions stand twice: remove the copies")
-    if (table.p[ok] - 0.5).abs().max() < 0.01: raise Refused("every verdict is a tie within 0.01: there is nothing to fit")
+    if (table.p[ok] - 0.5).abs().max() < 0.01:
+        raise Refused("every verdict is a tie within 0.01: there is nothing to fit")
     delta = table.output_1.str.len() - table.output_2.str.len()
-    if not delta.std() > 0: raise Refused("all pairs differ by the same number of characters: an effect of length cannot be seen")
-    own = np.column_stack([np.tanh(delta / delta.std()), _difficulties(table, difficulty, positional), np.ones(len(table))])
+    if not delta.std() > 0:
+        raise Refused("all pairs differ by the same number of characters: an effect of length cannot be seen")
+    own = np.column_stack([np.tanh(delta / delta.std()), _difficulties(table, difficulty, positional),
+                           np.ones(len(table))])
     g = _csv(gamed, ("preference", "std_delta_len", "instruction_difficulty", "df_gamed.csv"))
     others = np.column_stack([np.tanh(g.std_delta_len), g.instruction_difficulty, np.zeros(len(g))])
-    beta = fit_glm(np.concatenate([others, own[ok]]), np.concatenate([g.preference, table.p[ok]]), np.repeat([0.1, 1.0], [len(g), ok.sum()]))
+    beta = fit_glm(np.concatenate([others, own[ok]]), np.concatenate([g.preference, table.p[ok]]),
+                   np.repeat([0.1, 1.0], [len(g), ok.sum()]))
     q = pd.Series(_sigmoid(own[:, 1:] @ beta[1:]))
     return dict(length_controlled_winrate=100 * float(q.mean()), lc_standard_error=100 * float(q.sem()))
 
@@ -249,26 +283,31 @@ def length_controlled(
 def score(
     annotations,       # list of dicts, DataFrame or path (.json, .json.xz) in the official format
     *,
-    difficulty=None,   # path of instruction_difficulty.csv, DataFrame, or mapping from instruction to difficulty; None: not length-controlled
+    difficulty=None,   # instruction_difficulty.csv's path, DataFrame or {instruction: difficulty}; None: no length control
     gamed=None,        # path of df_gamed.csv (or .csv.xz) or DataFrame; None: not length-controlled
     positional: bool = False, # difficulty by the position of a row, which reproduces the official tool on any file
-) -> dict: # the official leaderboard's keys, rates in percent; where the length-controlled ones are None, `lc_refused` says why; `DataError` for bad rows
+) -> dict: # the leaderboard's keys, rates in percent; `lc_refused` says why one is None; `DataError` for bad rows
     "Win rate and length-controlled win rate of output_2 over output_1."
     table = _table(annotations, positional)
     p = table.p.dropna()
     result = dict(win_rate=100 * float(p.mean()), standard_error=100 * float(p.sem()) if len(p) > 1 else None,
-                  n_wins=int((p > 0.5).sum()), n_wins_base=int((p < 0.5).sum()), n_draws=int((p == 0.5).sum()), n_total=len(p),
-                  discrete_win_rate=100 * float(p.round().where(p != 0.5, 0.5).mean()), avg_length=int(table.output_2.str.len().mean()))
+                  n_wins=int((p > 0.5).sum()), n_wins_base=int((p < 0.5).sum()), n_draws=int((p == 0.5).sum()),
+                  n_total=len(p), discrete_win_rate=100 * float(p.round().where(p != 0.5, 0.5).mean()),
+                  avg_length=int(table.output_2.str.len().mean()))
     try: return result | length_controlled(table, difficulty, gamed, positional)
-    except Refused as e: return result | dict(length_controlled_winrate=None, lc_standard_error=None, lc_refused=str(e))
+    except Refused as e:
+        return result | dict(length_controlled_winrate=None, lc_standard_error=None, lc_refused=str(e))
 
 # %% ../nbs/03c_alpaca.ipynb #lcf1
-def length_control_files() -> tuple: # paths of instruction_difficulty.csv and df_gamed.csv; (None, None) where the hub cannot be reached
+def length_control_files() -> tuple: # paths of instruction_difficulty.csv and df_gamed.csv; (None, None) without the hub
     "What `score` needs for the length-controlled win rate."
     from huggingface_hub import hf_hub_download
-    try: paths = [hf_hub_download("tatsu-lab/alpaca_eval", name, repo_type="dataset") for name in ("instruction_difficulty.csv", "df_gamed.csv")]
+    try:
+        paths = [hf_hub_download("tatsu-lab/alpaca_eval", name, repo_type="dataset")
+                 for name in ("instruction_difficulty.csv", "df_gamed.csv")]
     except (OSError, ValueError): return None, None
-    if not hashlib.sha256(Path(paths[1]).read_bytes()).hexdigest().startswith("97aeec3f"): raise DollyError("df_gamed.csv of tatsu-lab/alpaca_eval is not the file that AlpacaEval 2 was published with")
+    if not hashlib.sha256(Path(paths[1]).read_bytes()).hexdigest().startswith("97aeec3f"):
+        raise DollyError("df_gamed.csv of tatsu-lab/alpaca_eval is not the file that AlpacaEval 2 was published with")
     return tuple(paths)
 
 # %% ../nbs/03c_alpaca.ipynb #03c051
@@ -290,4 +329,5 @@ def length_effect(
     table = _table(annotations).dropna(subset="p")
     side = np.sign(table.output_2.str.len() - table.output_1.str.len())
     groups = {name: table.p[side == s] for name, s in (("longer", 1), ("shorter", -1), ("equal", 0))}
-    return {name: dict(pairs=len(p), win_rate=100 * float(p.mean()) if len(p) else None) for name, p in groups.items()}
+    return {name: dict(pairs=len(p), win_rate=100 * float(p.mean()) if len(p) else None)
+            for name, p in groups.items()}

@@ -53,29 +53,48 @@ def matrix_rate(
     return 2 * size**3 / sorted(seconds)[len(seconds) // 2]
 
 # %% ../nbs/02d_bench.ipynb #02d011
-WAYS = {"stock": "TRL and PEFT as documented: 4 x 4 padded, checkpointing", "padding-free": "one row a step through transformers and PEFT; one flat update", "by hand": "forward and backward written by hand, weights dequantised when needed",
-        "weights kept": "the same, weights dequantised once", "speed": "the same, replayed as CUDA graphs", "frugal": "activations computed again, weights dequantised when needed, replayed"}
+WAYS = {"stock": "TRL and PEFT as documented: 4 x 4 padded, checkpointing",
+        "padding-free": "one row a step through transformers and PEFT; one flat update",
+        "by hand": "forward and backward written by hand, weights dequantised when needed",
+        "weights kept": "the same, weights dequantised once", "speed": "the same, replayed as CUDA graphs",
+        "frugal": "activations computed again, weights dequantised when needed, replayed"}
 
 def _engine(way, model, recipe):
     if way == "padding-free":
-        engine = PackedModel(model); engine.flat, engine.plan = FlatParameters(p for p in model.parameters() if p.requires_grad), Plan(False, False, 6144)
+        engine = PackedModel(model)
+        engine.flat = FlatParameters(p for p in model.parameters() if p.requires_grad)
+        engine.plan = Plan(False, False, 6144)
         return engine
-    if way in ("by hand", "weights kept"): return FusedLlama(model, replace(plan_memory(model, replace(recipe, memory="speed")), keep_weights=way == "weights kept"), graphs=False)
+    if way in ("by hand", "weights kept"):
+        plan = plan_memory(model, replace(recipe, memory="speed"))
+        return FusedLlama(model, replace(plan, keep_weights=way == "weights kept"), graphs=False)
     return make_engine(model, replace(recipe, memory=way))
+
+# %% ../nbs/02d_bench.ipynb #i1776350
+def _stock_trainer(recipe, args, data):
+    if recipe.batch_size % 4:
+        raise ConfigError(f"batch_size={recipe.batch_size}: the stock way takes four examples at a time, "
+                          f"choose a multiple of 4")
+    from peft import prepare_model_for_kbit_training
+    from trl import SFTTrainer
+    plain = {"use_reentrant": False}
+    base = prepare_model_for_kbit_training(load_base(recipe), use_gradient_checkpointing=True,
+                                           gradient_checkpointing_kwargs=plain)
+    args = replace(args, per_device_train_batch_size=recipe.batch_size // 4, gradient_accumulation_steps=4,
+                   gradient_checkpointing=True, gradient_checkpointing_kwargs=plain,
+                   bf16=compute_dtype() == torch.bfloat16,
+                   optim="paged_adamw_8bit" if torch.cuda.is_available() else args.optim)
+    return SFTTrainer(model=add_lora(base, recipe), args=args, processing_class=load_tokenizer(recipe),
+                      train_dataset=data)
 
 def _trainer(way, recipe, folder, data):
     "A trainer over `data` in its order, and its model."
-    tokenizer, base = load_tokenizer(recipe), load_base(recipe)
-    args = replace(training_arguments(recipe, folder, True), train_sampling_strategy="sequential", eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
-    if way == "stock":
-        if recipe.batch_size % 4: raise ConfigError(f"batch_size={recipe.batch_size}: the stock way takes four examples at a time, choose a multiple of 4")
-        from peft import prepare_model_for_kbit_training
-        from trl import SFTTrainer
-        args = replace(args, per_device_train_batch_size=recipe.batch_size // 4, gradient_accumulation_steps=4, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
-                       bf16=compute_dtype() == torch.bfloat16, optim="paged_adamw_8bit" if torch.cuda.is_available() else args.optim)
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
-        return SFTTrainer(model=add_lora(base, recipe), args=args, processing_class=tokenizer, train_dataset=data)
-    trainer = DollyTrainer(model=add_lora(base, recipe), args=args, processing_class=tokenizer, train_dataset=data, data_collator=lambda e: collate(e, trainer.engine.plan.token_budget))
+    args = replace(training_arguments(recipe, folder, True), train_sampling_strategy="sequential",
+                   eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
+    if way == "stock": return _stock_trainer(recipe, args, data)
+    trainer = DollyTrainer(model=add_lora(load_base(recipe), recipe), args=args, train_dataset=data,
+                           processing_class=load_tokenizer(recipe),
+                           data_collator=lambda e: collate(e, trainer.engine.plan.token_budget))
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
     trainer.engine = _engine(way, trainer.model, recipe)
@@ -94,10 +113,14 @@ class _Clock(TrainerCallback):
             self.seconds = time.perf_counter() - self.start
             if torch.cuda.is_available():
                 from torch.profiler import ProfilerActivity, profile
-                self.peak, self.profiler = torch.cuda.max_memory_allocated() / 2**30, profile(activities=[ProfilerActivity.CUDA]); self.profiler.start()
+                self.peak = torch.cuda.max_memory_allocated() / 2**30
+                self.profiler = profile(activities=[ProfilerActivity.CUDA])
+                self.profiler.start()
         elif state.global_step == state.max_steps and self.profiler: self.profiler.stop()
 
-_KINDS = [("NF4 to bf16", r"[Dd]equant"), ("optimizer", r"[Oo]ptimizer|adam"), ("attention", r"flash|fmha|attention|softmax_warp"), ("LoRA", r"^_down|^_up|^_outer|^_accumulate"), ("matrix products", r"nvjet|gemm|cutlass|splitK|gemv|kernel2"), ("element-wise and the rest", r"")]
+_KINDS = [("NF4 to bf16", r"[Dd]equant"), ("optimizer", r"[Oo]ptimizer|adam"),
+          ("attention", r"flash|fmha|attention|softmax_warp"), ("LoRA", r"^_down|^_up|^_outer|^_accumulate"),
+          ("matrix products", r"nvjet|gemm|cutlass|splitK|gemv|kernel2"), ("element-wise and the rest", r"")]
 
 def kernel_kind(
     name: str, # of a CUDA kernel
@@ -106,34 +129,52 @@ def kernel_kind(
     return next(kind for kind, pattern in _KINDS if re.search(pattern, name))
 
 # %% ../nbs/02d_bench.ipynb #02d016
+def _run(way, recipe, data, clock, warm, profiled): # the trainer; `clock` has the times
+    from datasets import concatenate_datasets
+    size = recipe.batch_size
+    parts = [data.select(range(warm * size)), data, data.select(range(profiled * size))]
+    with tempfile.TemporaryDirectory() as folder:
+        steps = sum(map(len, parts)) // size
+        trainer = _trainer(way, replace(recipe, max_steps=steps, logging_steps=10**6), folder,
+                           concatenate_datasets(parts))
+        trainer.add_callback(clock); trainer.remove_callback(PrinterCallback)
+        if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+    return trainer
+
+def _gpu_seconds(profiler, factor): # kind of kernel -> seconds a step
+    gpu = {}
+    for e in profiler.key_averages() if profiler else []:
+        kind = kernel_kind(e.key)
+        gpu[kind] = gpu.get(kind, 0.0) + e.self_device_time_total / 1e6 * factor
+    return gpu
+
+# %% ../nbs/02d_bench.ipynb #i3684477
 def measure(
     way: str,        # a key of `WAYS`, or auto: speed or frugal as the memory allows
     recipe: Recipe,  # base, data, batch size, rank
     data,            # encoded examples, from `encode_split`; a whole number of steps
     rate: float,     # from `matrix_rate`
-) -> dict: # name, s_per_step, tok_per_s (real tokens), peak_gib (None on a CPU), model_flops_utilisation, full_recipe_min (3 epochs of 12,009), graph_s (recording), floor_s, gpu_s by kind
-    "One way to do a step."
-    from datasets import concatenate_datasets
+) -> dict: # name, base, batch_size; s_per_step, tok_per_s (real tokens), peak_gib (None on a CPU) and those below
+    """One way to do a step. Also returned: `floor_s` (the arithmetic alone at `rate`), `model_flops_utilisation`,
+    `full_recipe_min` (3 epochs of 12,009 examples), `graph_s` (recording graphs), `gpu_s` (seconds by kind of kernel)."""
     gc.collect(); torch.cuda.empty_cache()
     if torch.cuda.is_available(): torch._C._cuda_clearCublasWorkspaces()
     before = torch.cuda.memory_allocated() / 2**30  # whatever an earlier way has left behind is not this one's
-    steps, size = len(data) // recipe.batch_size, recipe.batch_size
-    warm, profiled = (2, 1) if way == "stock" else (steps, min(2, steps))  # a stock step is a hundred thousand kernels: one fills the profiler
-    clock, again = _Clock(min(warm, steps), min(warm, steps) + steps), data.select(range(profiled * size))
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = replace(recipe, max_steps=min(warm, steps) + steps + profiled, logging_steps=10**6)
-        trainer = _trainer(way, recipe, folder, concatenate_datasets([data.select(range(min(warm, steps) * size)), data, again]))
-        trainer.add_callback(clock); trainer.remove_callback(PrinterCallback)
-        if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-        trainer.train()
+    size = recipe.batch_size; steps = len(data) // size
+    warm, profiled = (min(2, steps), 1) if way == "stock" else (steps, min(2, steps))  # a stock step fills a profiler
+    clock = _Clock(warm, warm + steps)
+    trainer = _run(way, recipe, data, clock, warm, profiled)
     lengths, learnt = [len(e) for e in data["input_ids"]], sum(l != -100 for e in data["labels"] for l in e[1:])
-    share = sum(lengths) / sum(lengths[:profiled * size]) * profiled / steps  # the profiled steps are not quite of average length
-    gpu = {}
-    for e in clock.profiler.key_averages() if clock.profiler else []: gpu[kernel_kind(e.key)] = gpu.get(kernel_kind(e.key), 0.0) + e.self_device_time_total / 1e6 / profiled * share
-    second, flops, graphs = clock.seconds / steps, step_flops(trainer.model.config, recipe.lora_r, lengths, learnt) / steps, getattr(getattr(trainer, "engine", None), "graphs", None)
+    second, flops = clock.seconds / steps, step_flops(trainer.model.config, recipe.lora_r, lengths, learnt) / steps
+    share = sum(lengths) / sum(lengths[:profiled * size]) / steps  # profiled steps are not quite of average length
+    graphs = getattr(getattr(trainer, "engine", None), "graphs", None)
     if way == "auto": way = "frugal" if trainer.engine.plan.recompute else "speed"
-    return dict(name=way, base=recipe.base, s_per_step=second, tok_per_s=sum(lengths) / clock.seconds, peak_gib=clock.peak - before if clock.profiler else None, model_flops_utilisation=flops / second / rate,
-                batch_size=size, full_recipe_min=3 * 12009 / size * second / 60, graph_s=graphs.seconds if graphs else 0.0, floor_s=flops / rate, gpu_s=gpu)
+    return dict(name=way, base=recipe.base, batch_size=size, s_per_step=second,
+                tok_per_s=sum(lengths) / clock.seconds, full_recipe_min=3 * 12009 / size * second / 60,
+                peak_gib=clock.peak - before if clock.profiler else None,
+                floor_s=flops / rate, model_flops_utilisation=flops / second / rate,
+                graph_s=graphs.seconds if graphs else 0.0, gpu_s=_gpu_seconds(clock.profiler, share))
 
 # %% ../nbs/02d_bench.ipynb #02d018
 def bench(
@@ -141,7 +182,7 @@ def bench(
     peers: list[str] = (),   # further keys of `WAYS`
     steps: int = 20,         # measured for each way
     log=lambda row: None,    # gets every row when it is there
-) -> list[dict]: # rows as from `measure`, with model, device, tokens_per_step, matrix_tflops; the recipe's own way last
+) -> list[dict]: # as from `measure`, with model, device, tokens_per_step, matrix_tflops; the recipe's own way last
     "Measure the recipe's way to do a step, and others, on the same records."
     for p in peers:
         if p not in WAYS: raise ConfigError(f"no way {p!r} to do a step{_suggest(p, WAYS)}")
@@ -150,11 +191,16 @@ def bench(
     rows = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()]
     data, _ = encode_split(rows[:int(1.1 * steps * recipe.batch_size) + 16], tokenizer, recipe)
     steps = min(steps, len(data) // recipe.batch_size)
-    if not steps: raise DollyError(f"{recipe.dataset}: {len(data)} records are fewer than a step of {recipe.batch_size}: give a larger dataset")
-    data, rate, table = data.select(range(steps * recipe.batch_size)), matrix_rate(8192 if torch.cuda.is_available() else 1024), []
+    if not steps:
+        raise DollyError(f"{recipe.dataset}: {len(data)} records are fewer than a step of {recipe.batch_size}: "
+                         f"give a larger dataset")
+    data = data.select(range(steps * recipe.batch_size))
+    rate, table = matrix_rate(8192 if torch.cuda.is_available() else 1024), []
     for way in [p for p in peers if p != recipe.memory] + [recipe.memory]:
         row = measure(way, recipe, data, rate)
-        table.append(row | dict(model=MODELS.get(recipe.base, recipe.base), device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", tokens_per_step=sum(map(len, data["input_ids"])) / steps, matrix_tflops=rate / 1e12))
+        table.append(row | dict(model=MODELS.get(recipe.base, recipe.base),
+                                device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+                                tokens_per_step=sum(map(len, data["input_ids"])) / steps, matrix_tflops=rate / 1e12))
         log(table[-1])
     return table
 
@@ -164,7 +210,8 @@ def memory_rate(
 ) -> float: # bytes a second, read and written
     "How fast this machine moves memory."
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.empty(int(gib * 2**30), dtype=torch.uint8, device=device).random_(); b, seconds = torch.empty_like(a), []
+    a = torch.empty(int(gib * 2**30), dtype=torch.uint8, device=device).random_()
+    b, seconds = torch.empty_like(a), []
     for _ in range(8):
         start = time.perf_counter(); b.copy_(a)
         if device == "cuda": torch.cuda.synchronize()
@@ -174,28 +221,46 @@ def memory_rate(
 # %% ../nbs/02d_bench.ipynb #i7045156
 GENERATE_WAYS = {"transformers": (_plain, 64), "dolly_lora": (_decode, 128)}
 
+def _bytes_moved(model, lengths, new_tokens): # weights once a step, each prompt's cache once a token
+    c, width = model.config, model.dtype.itemsize
+    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    weights = sum(p.numel() for p in model.model.layers.parameters()) + c.vocab_size * c.hidden_size
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * size
+    return width * new_tokens * (weights + cache * sum(n + new_tokens / 2 for n in lengths))
+
+def _time_answers(way, slots, model, tokenizer, encoded, new_tokens): # seconds, tokens, peak GiB
+    on_gpu = torch.cuda.is_available()
+    for n in (2, new_tokens):  # the first time compiles and loads
+        if on_gpu: torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); torch.cuda.synchronize()
+        start, zeros = time.perf_counter(), np.zeros((len(encoded), n), np.float32)
+        with torch.inference_mode():
+            out = dict(way(model, tokenizer, encoded, zeros[:, 0], zeros, n, slots, range(len(encoded))))
+        seconds = time.perf_counter() - start
+    return seconds, sum(map(len, out.values())), torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+
+# %% ../nbs/02d_bench.ipynb #i9712277
 def bench_generate(
     recipe: Recipe,         # base, dataset, seed
     prompts: int = 128,     # of the training split
     new_tokens: int = 128,  # for each
     log=lambda row: None,   # gets every row when it is there
-) -> list[dict]: # name, base, slots, prompts, new_tokens, prompt_tokens, seconds, tok_per_s (new tokens), peak_gib (None on a CPU), floor_s, model, device
-    "Write the same answers with transformers and with the decoder."
-    model, tokenizer, rows, table = load_base(replace(recipe, load_in_4bit=False)), load_tokenizer(recipe), split(clean(load_dolly(recipe.dataset))[0], recipe)["train"], []
-    encoded = [ids for ids in tokenizer([build_prompt(r["instruction"], r["context"]) for r in rows[:2 * prompts]]).input_ids if len(ids) <= recipe.max_length][:prompts]
-    endless = SimpleNamespace(eos_token_id=model.config.vocab_size, pad_token_id=tokenizer.pad_token_id, pad=tokenizer.pad)
-    c, on_gpu, lengths, width = model.config, torch.cuda.is_available(), [len(e) for e in encoded], model.dtype.itemsize
-    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads) * width
-    moved = new_tokens * (sum(p.numel() for p in model.model.layers.parameters()) + c.vocab_size * c.hidden_size) * width + cache * sum(new_tokens * (n + new_tokens / 2) for n in lengths)
-    floor = moved / memory_rate(4.0 if on_gpu else 0.1)
+) -> list[dict]: # name, base, model, device, slots, prompts, prompt_tokens, new_tokens, seconds and those below
+    """Write the same answers with transformers and with the decoder. Also returned: `tok_per_s` (new tokens),
+    `peak_gib` (None on a CPU), `floor_s` (reading weights and cache alone, at `memory_rate`)."""
+    model, tokenizer = load_base(replace(recipe, load_in_4bit=False)), load_tokenizer(recipe)
+    rows = split(clean(load_dolly(recipe.dataset))[0], recipe)["train"]
+    texts = [build_prompt(r["instruction"], r["context"]) for r in rows[:2 * prompts]]
+    encoded = [ids for ids in tokenizer(texts).input_ids if len(ids) <= recipe.max_length][:prompts]
+    endless = SimpleNamespace(eos_token_id=model.config.vocab_size, pad_token_id=tokenizer.pad_token_id,
+                              pad=tokenizer.pad)
+    on_gpu, lengths, table = torch.cuda.is_available(), [len(e) for e in encoded], []
+    floor = _bytes_moved(model, lengths, new_tokens) / memory_rate(4.0 if on_gpu else 0.1)
+    about = dict(base=recipe.base, model=MODELS.get(recipe.base, recipe.base),
+                 device=torch.cuda.get_device_name() if on_gpu else "CPU", prompts=len(encoded),
+                 prompt_tokens=sum(lengths), new_tokens=new_tokens, floor_s=floor)
     for name, (way, slots) in GENERATE_WAYS.items():
-        for n in (2, new_tokens):  # the first time compiles and loads
-            if on_gpu: torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); torch.cuda.synchronize()
-            start, zeros = time.perf_counter(), np.zeros((len(encoded), n), np.float32)
-            with torch.inference_mode(): out = dict(way(model, endless, encoded, zeros[:, 0], zeros, n, slots, range(len(encoded))))
-            seconds = time.perf_counter() - start
-        made = sum(map(len, out.values()))
-        table.append(dict(name=name, base=recipe.base, slots=min(slots, len(encoded)), prompts=len(encoded), new_tokens=new_tokens, prompt_tokens=sum(lengths), seconds=seconds, tok_per_s=made / seconds,
-                          peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None, floor_s=floor, model=MODELS.get(recipe.base, recipe.base), device=torch.cuda.get_device_name() if on_gpu else "CPU"))
+        seconds, made, peak = _time_answers(way, slots, model, endless, encoded, new_tokens)
+        table.append(dict(name=name, slots=min(slots, len(encoded)), seconds=seconds, tok_per_s=made / seconds,
+                          peak_gib=peak) | about)
         log(table[-1])
     return table

@@ -8,14 +8,15 @@ import contextlib, functools, html, json, queue, threading, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList, TemperatureLogitsWarper, TextIteratorStreamer, TopPLogitsWarper
+from fastcore.basics import patch
+from transformers import (LogitsProcessorList, StoppingCriteriaList, TemperatureLogitsWarper,
+                          TextIteratorStreamer, TopPLogitsWarper)
 from .config import DollyError, short_path, write_text
 from .data import build_conversation
-from .generate import _Choose, _draws
+from .generate import ChooseToken, uniform_draws
 
 # %% auto #0
-__all__ = ['STYLE', 'EXAMPLES', 'fit_prompt', 'Turn', 'stream_answer', 'Speaker', 'Chat', 'save_chat', 'safe_html', 'render',
-           'ChatUI']
+__all__ = ['STYLE', 'EXAMPLES', 'fit_prompt', 'Turn', 'stream_answer', 'Chat', 'safe_html', 'render', 'ChatUI']
 
 # %% ../nbs/04_chat.ipynb #cc8f0518
 def fit_prompt(
@@ -24,7 +25,7 @@ def fit_prompt(
     text: str,                       # the new question
     room: int,                       # tokens the prompt may have
     system: str = "",                # said before the first question that is sent
-) -> tuple[str, int]: # the prompt, and how many of the oldest pairs were left out; `DollyError` when the question alone is too long
+) -> tuple[str, int]: # the prompt, and how many of the oldest pairs are left out; `DollyError` if `text` is too long
     "A conversation's prompt, as much of it as fits."
     lead = f"{system.strip()}\n\n" if system.strip() else ""
     def prompt(cut):
@@ -33,7 +34,8 @@ def fit_prompt(
         return build_conversation(turns, last, tokenizer.eos_token)
     for cut in range(len(history) + 1):
         if (n := len(tokenizer(prompt(cut)).input_ids)) <= room: return prompt(cut), cut
-    raise DollyError(f"this message has {n:,} tokens{' with the system prompt' if lead else ''}, {max(room, 0):,} fit: shorten it")
+    raise DollyError(f"this message has {n:,} tokens{' with the system prompt' if lead else ''}, "
+                     f"{max(room, 0):,} fit: shorten it")
 
 # %% ../nbs/04_chat.ipynb #c329691c
 @dataclass
@@ -53,29 +55,48 @@ class Turn:
     def note(self) -> str: # for people
         "Who answered, how fast, and what was left out."
         speed = f"{len(self.ids) / self.seconds:.1f} tok/s" if self.seconds else "no token"
-        cut = f"{self.cut} earlier turn{'s were' if self.cut > 1 else ' was'} too much and left out" if self.cut else ""
-        return "; ".join(filter(None, [f"{self.which}: {len(self.ids)} tokens, {speed}", "stopped" if self.stopped else "", cut, self.beside.note if self.beside else ""]))
+        said = [f"{self.which}: {len(self.ids)} tokens, {speed}"]
+        if self.stopped: said.append("stopped")
+        if self.cut:
+            said.append(f"{self.cut} earlier turn{'s were' if self.cut > 1 else ' was'} too much and left out")
+        if self.beside: said.append(self.beside.note)
+        return "; ".join(said)
 
 # %% ../nbs/04_chat.ipynb #c9db674f
 _lock = threading.Lock()
 
+def _sampler(prompt, s, device): # None at temperature 0
+    "What `generate` does to the logits, so that it draws what 03a_generate would."
+    if not s["temperature"] > 0: return None
+    draws = torch.tensor(uniform_draws(prompt, s["seed"], s["max_new_tokens"]), device=device)[None]
+    return LogitsProcessorList([TemperatureLogitsWarper(float(s["temperature"])), TopPLogitsWarper(float(s["top_p"])),
+                                ChooseToken(torch.ones(1, device=device), draws)])
+
+def _speaking(model, which):
+    "The adapter off while the base speaks."
+    return (model.disable_adapter() if which == "base" and hasattr(model, "disable_adapter")
+            else contextlib.nullcontext())
+
 def _generate(model, tokenizer, prompt, turn, stop, **kwargs):
     "The answer's tokens, `turn.which` speaking; nothing when `stop` was set while others spoke."
     s, inputs = turn.settings, tokenizer(prompt, return_tensors="pt").to(model.device)
-    if s["temperature"] > 0:
-        draws = torch.tensor(_draws(prompt, s["seed"], s["max_new_tokens"]), device=model.device)[None]
-        kwargs["logits_processor"] = LogitsProcessorList([TemperatureLogitsWarper(float(s["temperature"])), TopPLogitsWarper(float(s["top_p"])), _Choose(torch.ones(1, device=model.device), draws)])
-    with _lock, model.disable_adapter() if turn.which == "base" and hasattr(model, "disable_adapter") else contextlib.nullcontext():
+    ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    with _lock, _speaking(model, turn.which):
         if stop.is_set(): return
-        model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=s["max_new_tokens"], do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **kwargs)
+        model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **ends,
+                       max_new_tokens=s["max_new_tokens"], do_sample=False,
+                       logits_processor=_sampler(prompt, s, model.device), **kwargs)
 
+# %% ../nbs/04_chat.ipynb #i6998199
 def _begin(model, tokenizer, prompt, turn, stop): # the thread, where its text, its tokens and its failure arrive
-    streamer, ids, failed = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=0.2, skip_special_tokens=True), [], []
-    def watch(input_ids, scores, **kwargs):
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=0.2, skip_special_tokens=True)
+    ids, failed = [], []
+    def watch(input_ids, scores, **kwargs): # after each token
         ids.append(int(input_ids[0, -1]))
         return torch.full((len(input_ids),), stop.is_set(), dtype=torch.bool, device=input_ids.device)
     def work():
-        try: _generate(model, tokenizer, prompt, turn, stop, streamer=streamer, stopping_criteria=StoppingCriteriaList([watch]))
+        criteria = StoppingCriteriaList([watch])
+        try: _generate(model, tokenizer, prompt, turn, stop, streamer=streamer, stopping_criteria=criteria)
         except BaseException as e: failed.append(e)
         finally: streamer.end()
     thread = threading.Thread(target=work); thread.start()
@@ -90,7 +111,8 @@ def stream_answer(
     stop: threading.Event, # once set, the answer ends
 ): # yields the growing answer, first an empty one; what the model raises is raised here
     "Generate in a thread, and hand on the text as it comes."
-    (thread, streamer, ids, failed), start, text = _begin(model, tokenizer, prompt, turn, stop), time.monotonic(), ""
+    thread, streamer, ids, failed = _begin(model, tokenizer, prompt, turn, stop)
+    start, text = time.monotonic(), ""
     yield ""
     while True:
         try: text += next(streamer)
@@ -104,8 +126,8 @@ def stream_answer(
     if failed: raise failed[0]
 
 # %% ../nbs/04_chat.ipynb #c473b071
-class Speaker:
-    "A model with its settings and a history; answers one question at a time."
+class Chat:
+    "A conversation with a model, its adapter on, off, or both for comparison."
     def __init__(self,
         model,                     # PeftModel, or a base model without an adapter
         tokenizer,                 # its tokenizer
@@ -113,121 +135,150 @@ class Speaker:
         max_tokens: int = 2048,    # prompt and answer together; older turns are left out beyond it
         system: str = "",          # a wish for the whole conversation
         temperature: float = 0.0,  # 0: the most likely token every time
-        top_p: float = 1.0,        # above temperature 0: draw from the likeliest tokens that have this probability together
+        top_p: float = 1.0,        # above temperature 0: only the likeliest tokens with this probability together
         seed: int = 42,            # of the drawing
         about: dict | None = None, # model, adapter: what a saved conversation says of its origin
     ):
-        self.model, self.tokenizer, self.max_new_tokens, self.max_tokens = model, tokenizer, max_new_tokens, max_tokens
-        self.system, self.temperature, self.top_p, self.seed, self.about = system, temperature, top_p, seed, about or {}
-        self.has_adapter, self.history, self.turn = hasattr(model, "disable_adapter"), [], None  # `turn`: the one being made
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.max_tokens, self.system = max_new_tokens, max_tokens, system
+        self.temperature, self.top_p, self.seed, self.about = temperature, top_p, seed, about or {}
+        self.has_adapter = hasattr(model, "disable_adapter")
         self.which = "tuned" if self.has_adapter else "base"  # who answers: tuned, base or both
+        self.history, self.turn = [], None  # the turns so far, and the one being made
         self._busy, self._stop = threading.Lock(), threading.Event()
 
-    def stop(self):
-        "End the answer that is being made; returns at once."
-        self._stop.set()
-
 # %% ../nbs/04_chat.ipynb #ca9f0541
-class _Remembering(Speaker):
-    @property
-    def turns(self) -> list[Turn]: # the one being made included
-        "What a page shows."
-        return self.history + [self.turn] * (self.turn is not None)
+@patch(as_prop=True)
+def turns(self: Chat) -> list[Turn]: # the one being made included
+    "What a page shows."
+    return self.history + [self.turn] * (self.turn is not None)
 
-    @property
-    def last(self) -> Turn: # `DollyError` when nothing has been said
-        "The last turn."
-        if not self.history: raise DollyError("nothing has been said yet")
-        return self.history[-1]
+@patch(as_prop=True)
+def last(self: Chat) -> Turn: # `DollyError` when nothing has been said
+    "The last turn."
+    if not self.history: raise DollyError("nothing has been said yet")
+    return self.history[-1]
 
-    def _idle(self):
-        if self._busy.locked(): raise DollyError("an answer is being written: stop it first")
-
-    def undo(self) -> str: # its question
-        "Forget the last turn."
-        self._idle(); question = self.last.question; self.history.pop()
-        return question
-
-    def clear(self):
-        "Forget everything."
-        self._idle(); self.history.clear()
+@patch
+def _idle(self: Chat): # `DollyError` when it is not
+    if self._busy.locked(): raise DollyError("an answer is being written: stop it first")
 
 # %% ../nbs/04_chat.ipynb #c81edd17
-class _Answering(_Remembering):
-    def _answer(self, text, which, keep, seed): # an iterator of (who, growing answer); the first `keep` turns stay, the others are replaced
-        self._idle()
-        if which != "base" and not self.has_adapter: raise DollyError("there is no adapter here: only the base model can answer")
-        settings = dict(seed=seed, temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens, system=self.system)
-        prompt, cut = fit_prompt(self.tokenizer, [(t.question, t.answer) for t in self.history[:keep] if t.answer], text, self.max_tokens - self.max_new_tokens, self.system)
-        turns, self._stop = [Turn(text, w, settings, cut) for w in (["base", "tuned"] if which == "both" else [which])], threading.Event()
-        if which == "both": turns[1].beside = turns[0]
-        return self._run(prompt, turns, keep, self._stop)
+@patch
+def _answer(self: Chat, text, which, keep, seed): # an iterator of (who, growing answer)
+    "A new turn after the first `keep` ones; those behind them are replaced."
+    self._idle()
+    if which != "base" and not self.has_adapter:
+        raise DollyError("there is no adapter here: only the base model can answer")
+    history = [(t.question, t.answer) for t in self.history[:keep] if t.answer]
+    room = self.max_tokens - self.max_new_tokens
+    prompt, cut = fit_prompt(self.tokenizer, history, text, room, self.system)
+    settings = dict(seed=seed, temperature=self.temperature, top_p=self.top_p,
+                    max_new_tokens=self.max_new_tokens, system=self.system)
+    turns = [Turn(text, w, settings, cut) for w in (["base", "tuned"] if which == "both" else [which])]
+    if which == "both": turns[1].beside = turns[0]
+    self._stop = threading.Event()
+    return self._run(prompt, turns, keep, self._stop)
 
-    def _run(self, prompt, turns, keep, stop):
-        if not self._busy.acquire(blocking=False): self._idle()
-        replaced, self.history[keep:], self.turn, whole = self.history[keep:], [], turns[-1], False
-        try:
-            for turn in turns:
-                for answer in stream_answer(self.model, self.tokenizer, prompt, turn, stop): yield turn.which, answer
-                if stop.is_set(): break
-            whole = True
-        except (GeneratorExit, KeyboardInterrupt): stop.set(); whole = True; raise  # the reader has left
-        finally:
-            turn.stopped, self.turn = stop.is_set(), None
-            self.history += [turn] if whole else replaced
-            self._busy.release()
+# %% ../nbs/04_chat.ipynb #i2256945
+@patch
+def _run(self: Chat, prompt, turns, keep, stop):
+    if not self._busy.acquire(blocking=False): self._idle()
+    replaced, self.history[keep:] = self.history[keep:], []
+    self.turn, whole = turns[-1], False
+    try:
+        for turn in turns:
+            for answer in stream_answer(self.model, self.tokenizer, prompt, turn, stop): yield turn.which, answer
+            if stop.is_set(): break
+        whole = True
+    except (GeneratorExit, KeyboardInterrupt): stop.set(); whole = True; raise  # the reader has left
+    finally:
+        turn.stopped, self.turn = stop.is_set(), None
+        self.history += [turn] if whole else replaced
+        self._busy.release()
 
 # %% ../nbs/04_chat.ipynb #c354154d
-class Chat(_Answering):
-    "A conversation with a model, its adapter on, off, or both for comparison."
-    def stream(self, text: str): # the user's message
-        "Yield the growing answer of `which`."
-        return (answer for _, answer in self._answer(text, self.which, len(self.history), self.seed))
+@patch
+def stream(self: Chat, text: str): # the user's message
+    "Yield the growing answer of `which`."
+    return (answer for _, answer in self._answer(text, self.which, len(self.history), self.seed))
 
-    def compare(self, text: str): # the user's message
-        "Yield (`base` or `tuned`, growing answer): the base's, then the adapter's."
-        return self._answer(text, "both", len(self.history), self.seed)
+@patch
+def compare(self: Chat, text: str): # the user's message
+    "Yield (`base` or `tuned`, growing answer): the base's, then the adapter's."
+    return self._answer(text, "both", len(self.history), self.seed)
 
-    def ask(self, text: str) -> str: # the user's message; the whole answer
-        "One turn, without streaming."
-        for _ in self.stream(text): pass
-        return self.last.answer
+@patch
+def ask(self: Chat, text: str) -> str: # the user's message; the whole answer
+    "One turn, without streaming."
+    for _ in self.stream(text): pass
+    return self.last.answer
 
-    def regenerate(self):
-        "Answer the last question again with the next seed; yields the growing answer. At temperature 0 it is the same one."
-        return (answer for _, answer in self._answer(self.last.question, self.which, len(self.history) - 1, self.last.settings["seed"] + 1))
+@patch
+def stop(self: Chat):
+    "End the answer that is being made; returns at once."
+    self._stop.set()
 
-    def edit_last(self, text: str): # in place of the last question
-        "Replace the last turn; yields the growing answer."
-        return (answer for _, answer in self._answer(text, self.which, max(0, len(self.history) - 1), self.seed))
+# %% ../nbs/04_chat.ipynb #i6060931
+@patch
+def regenerate(self: Chat):
+    "Answer the last question again with the next seed (at temperature 0: the same); yields the growing answer."
+    keep, seed = len(self.history) - 1, self.last.settings["seed"] + 1
+    return (answer for _, answer in self._answer(self.last.question, self.which, keep, seed))
+
+@patch
+def edit_last(self: Chat, text: str): # in place of the last question
+    "Replace the last turn; yields the growing answer."
+    return (answer for _, answer in self._answer(text, self.which, max(0, len(self.history) - 1), self.seed))
+
+@patch
+def undo(self: Chat) -> str: # its question
+    "Forget the last turn."
+    self._idle(); question = self.last.question; self.history.pop()
+    return question
+
+@patch
+def clear(self: Chat):
+    "Forget everything."
+    self._idle(); self.history.clear()
 
 # %% ../nbs/04_chat.ipynb #c738b8be
-def save_chat(
-    chat: Chat, # a conversation
+def _rows(chat): # a dict a turn
+    said = lambda t: dict(question=t.question, which=t.which, answer=t.answer,
+                          base_answer=t.beside and t.beside.answer)
+    made = lambda t: dict(stopped=t.stopped, tokens=len(t.ids), seconds=round(t.seconds, 3), cut=t.cut)
+    return [said(t) | made(t) | t.settings | chat.about for t in chat.history]
+
+def _markdown_of(chat):
+    text = "# A conversation\n\n" + "".join(f"- {k}: {v}\n" for k, v in chat.about.items())
+    for t in chat.history:
+        text += f"\n## You\n\n{t.question}\n"
+        if t.beside: text += f"\n## Base\n\n{t.beside.answer}\n"
+        text += f"\n## {t.which.capitalize()}{' (stopped)' if t.stopped else ''}\n\n{t.answer}\n\n"
+        text += f"*{', '.join(f'{k} {v}' for k, v in t.settings.items() if v != '')}*\n"
+    return text
+
+# %% ../nbs/04_chat.ipynb #i7145498
+@patch
+def save(self: Chat,
     path: Path, # ends in .jsonl (a turn a line) or .md
 ) -> Path: # the file; `DollyError` when it cannot be written
-    "Write a conversation with model, adapter, seed and settings."
-    if not chat.history: raise DollyError("nothing has been said yet")
+    "Write the conversation with model, adapter, seed and settings."
+    self.last  # something has been said
     path = Path(path).expanduser()
-    rows = [dict(question=t.question, which=t.which, answer=t.answer, base_answer=t.beside and t.beside.answer, stopped=t.stopped, tokens=len(t.ids), seconds=round(t.seconds, 3), cut=t.cut) | t.settings | chat.about for t in chat.history]
-    if path.suffix == ".jsonl": text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-    elif path.suffix == ".md":
-        text = "# A conversation\n\n" + "".join(f"- {k}: {v}\n" for k, v in chat.about.items())
-        for r, t in zip(rows, chat.history):
-            text += f"\n## You\n\n{t.question}\n" + (f"\n## Base\n\n{t.beside.answer}\n" if t.beside else "")
-            text += f"\n## {t.which.capitalize()}{' (stopped)' if t.stopped else ''}\n\n{t.answer}\n\n*{', '.join(f'{k} {v}' for k, v in t.settings.items() if v != '')}*\n"
+    if path.suffix == ".jsonl": text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in _rows(self))
+    elif path.suffix == ".md": text = _markdown_of(self)
     else: raise DollyError(f"cannot save as {path.name!r}: give a name that ends in .jsonl or .md")
     try: write_text(path, text)
     except OSError as e: raise DollyError(f"cannot save {path}: {e.strerror}") from None
     return path
 
-Chat.save = save_chat
-
 # %% ../nbs/04_chat.ipynb #cac4949c
 @functools.lru_cache
 def _markdown():
     from markdown_it import MarkdownIt
-    return MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"]).disable(["link", "image", "autolink", "reference"])
+    parser = MarkdownIt("commonmark", {"html": False, "breaks": True})
+    return parser.enable(["table", "strikethrough"]).disable(["link", "image", "autolink", "reference"])
 
 @functools.lru_cache(maxsize=512)
 def safe_html(
@@ -242,123 +293,216 @@ def render(
 ) -> str: # HTML; questions are escaped, answers are Markdown made safe
     "Turns as a page shows them; a comparison side by side."
     def answer(t):
+        text = safe_html(t.answer) or ("" if t.stopped else "<p>…</p>")
         mark = '<p class="dl-mark">stopped here</p>' if t.stopped else ""
-        return f'<div class="dl-answer dl-{t.which}"><p class="dl-who">{t.which}</p>{safe_html(t.answer) or "<p>…</p>" * (not t.stopped)}{mark}</div>'
-    def whole(t): return f'<div class="dl-user">{html.escape(t.question)}</div><div class="dl-answers">{answer(t.beside) if t.beside else ""}{answer(t)}</div>'
+        return f'<div class="dl-answer dl-{t.which}"><p class="dl-who">{t.which}</p>{text}{mark}</div>'
+    def whole(t):
+        answers = (answer(t.beside) if t.beside else "") + answer(t)
+        return f'<div class="dl-user">{html.escape(t.question)}</div><div class="dl-answers">{answers}</div>'
     return "".join(map(whole, turns))
 
 # %% ../nbs/04_chat.ipynb #ccbcbd05
 STYLE = """<style>
 .dl-chat { max-width: 900px; font-size: 14px; color: var(--jp-ui-font-color1, #222); }
-.dl-page { height: 420px; overflow-y: auto; flex-direction: column-reverse; padding: 4px 14px; border: 1px solid var(--jp-border-color2, #ccc); border-radius: 8px; background: var(--jp-layout-color1, #fff); }
-.dl-page > * { flex: none; width: auto; height: auto; margin: 0; } .dl-page > :first-child { margin-bottom: auto; }
-.dl-page .widget-html-content, .dl-page .jupyter-widget-html-content { line-height: 1.5; font-size: 14px; white-space: normal; overflow-wrap: anywhere; width: 100%; }
-.dl-user { width: fit-content; max-width: 80%; margin: 12px 0 12px auto; padding: 7px 12px; border-radius: 12px 12px 2px 12px; background: var(--jp-layout-color2, #eee); white-space: pre-wrap; }
-.dl-answers { display: flex; gap: 14px; } .dl-answer { flex: 1 1 0; min-width: 0; padding: 2px 12px 4px; border-left: 3px solid #1976d2; } .dl-base { border-color: #9a6700; }
-.dl-answer p, .dl-answer ul, .dl-answer ol, .dl-answer pre { margin: 0 0 8px; } .dl-answer :is(h1, h2, h3, h4, h5, h6) { font-size: 1em; margin: 8px 0 4px; }
-.dl-answer pre, .dl-answer table { display: block; overflow-x: auto; } .dl-answer pre { padding: 8px; border-radius: 6px; background: var(--jp-layout-color2, #f2f2f2); }
-.dl-answer td, .dl-answer th { padding: 2px 8px; border: 1px solid var(--jp-border-color2, #ccc); }
-.dl-answer .dl-who { font-size: 12px; font-weight: 600; } .dl-answer .dl-mark { font-size: 12px; font-style: italic; }
-.dl-line { height: 42px; } .dl-line > * { overflow-y: auto; line-height: 18px; } .dl-line .widget-html-content { line-height: 18px; } .dl-error { color: var(--jp-error-color1, #b00020); }
+.dl-page { height: 420px; flex-direction: column-reverse; overflow-y: auto; padding: 4px 14px;
+  border: 1px solid var(--jp-border-color2, #ccc); border-radius: 8px; background: var(--jp-layout-color1, #fff); }
+.dl-turns { flex: none; width: auto; margin: 0 0 auto; overflow: visible; }
+.dl-turns > * { flex: none; width: auto; height: auto; margin: 0; }
+.dl-turns .widget-html-content, .dl-turns .jupyter-widget-html-content {
+  width: 100%; font-size: 14px; line-height: 1.5; white-space: normal; overflow-wrap: anywhere; }
+.dl-user { width: fit-content; max-width: 80%; margin: 12px 0 12px auto; padding: 7px 12px;
+  border-radius: 12px 12px 2px 12px; background: var(--jp-layout-color2, #eee); white-space: pre-wrap; }
+.dl-answers { display: flex; gap: 14px; }
+.dl-answer { flex: 1 1 0; min-width: 0; padding: 2px 12px 4px; border-left: 3px solid #1976d2; }
+.dl-base { border-color: #9a6700; }
+</style>"""
+
+# %% ../nbs/04_chat.ipynb #i9254864
+STYLE += """<style>
+.dl-answer :is(p, ul, ol, pre) { margin: 0 0 8px; }
+.dl-answer :is(h1, h2, h3, h4, h5, h6) { margin: 8px 0 4px; font-size: 1em; }
+.dl-answer :is(pre, table) { display: block; overflow-x: auto; }
+.dl-answer pre { padding: 8px; border-radius: 6px; background: var(--jp-layout-color2, #f2f2f2); }
+.dl-answer :is(td, th) { padding: 2px 8px; border: 1px solid var(--jp-border-color2, #ccc); }
+.dl-answer .dl-who { font-size: 12px; font-weight: 600; }
+.dl-answer .dl-mark { font-size: 12px; font-style: italic; }
+.dl-line { height: 42px; }
+.dl-line > *, .dl-line .widget-html-content { overflow-y: auto; line-height: 18px; }
+.dl-error { color: var(--jp-error-color1, #b00020); }
 </style>"""
 EXAMPLES = ["Give me three ideas for a rainy Sunday.", "Why is the sky blue?", "Write a haiku about a lighthouse."]
 
 # %% ../nbs/04_chat.ipynb #c69a7d0e
-class _Window:
-    "The widgets, without any behaviour."
-    def __init__(self, chat, examples):
-        import ipywidgets as w
-        L, narrow, button = w.Layout, {"description_width": "initial"}, lambda text, **kw: w.Button(description=text, layout=w.Layout(width="auto"), **kw)
-        self.which = w.Dropdown(options=[("tuned", "tuned"), ("base", "base")], value="base" if chat.which == "base" else "tuned", description="Model", disabled=not chat.has_adapter, layout=L(width="200px"))
-        self.compare = w.Checkbox(value=chat.which == "both", description="Compare base and tuned", indent=False, disabled=not chat.has_adapter, layout=L(width="auto"))
-        self.system = w.Textarea(value=chat.system, description="System", placeholder="A wish for the whole conversation, for instance: Answer in one sentence.", rows=2, layout=L(width="auto"))
-        self.temperature = w.BoundedFloatText(value=chat.temperature, min=0, max=2, step=0.1, description="Temperature", style=narrow, layout=L(width="170px"))
-        self.top_p = w.BoundedFloatText(value=chat.top_p, min=0.05, max=1, step=0.05, description="Top-p", style=narrow, layout=L(width="130px"))
-        self.length = w.BoundedIntText(value=chat.max_new_tokens, min=1, max=chat.max_tokens // 2, description="Longest answer (tokens)", style=narrow, layout=L(width="250px"))
-        self.live, self.past, self.status, self.error = w.HTML(), w.HTML(), w.HTML(layout=L(width="50%")), w.HTML(layout=L(width="50%"))
-        self.page = w.VBox([self.live, self.past])
-        self.message = w.Text(description="Message", placeholder="Ask something, then press Enter", continuous_update=False, layout=L(flex="1 1 auto", width="auto"))
-        self.send, self.stop, self.regen, self.undo = button("Send", button_style="primary"), button("Stop", button_style="warning"), button("Regenerate", tooltip="Another answer, with a temperature above 0"), button("Undo")
-        self.edit, self.clear, self.export = button("Edit last"), button("Clear"), button("Save", tooltip="As .md and .jsonl")
-        self.examples = [button(e) for e in examples]
-        for name in "which compare system temperature top_p length page status error message send stop regen undo edit clear export".split(): getattr(self, name).add_class("dl-" + name.replace("_", "-"))
-        for e in self.examples: e.add_class("dl-example")
-        row = lambda *widgets: w.HBox(widgets, layout=L(flex_flow="row wrap"))
-        line = w.HBox([self.status, self.error]); line.add_class("dl-line")
-        self.box = w.VBox([w.HTML(STYLE, layout=L(display="none")), row(self.which, self.compare), self.system, row(self.temperature, self.top_p, self.length), self.page, line,
-                           w.HBox([self.message, self.send, self.stop]), row(self.regen, self.undo, self.edit, self.clear, self.export), row(*self.examples)]).add_class("dl-chat")
-
-# %% ../nbs/04_chat.ipynb #c14ed70f
-class _Showing(_Window):
-    def _show(self): # the last turn alone changes while it grows
-        turns = self.chat.turns
-        self.past.value, self.live.value = render(turns[:-1]), render(turns[-1:])
-
-    def _ready(self, busy):
-        "Which buttons may be used."
-        self.stop.disabled = not busy
-        for b in [self.send, self.clear, *self.examples]: b.disabled = busy
-        for b in self.regen, self.undo, self.edit, self.export: b.disabled = busy or not self.chat.history
-
-    def _say(self, text): self.status.value = html.escape(text)
-    def _fail(self, e): self.error.value = f'<span role="alert">{html.escape(str(e) if isinstance(e, DollyError) else f"{type(e).__name__}: {e}")}</span>'
-
-    def _safely(self, action): # as a handler of whatever event
-        def handler(*event):
-            self.error.value = ""
-            try: action()
-            except Exception as e: self._fail(e)
-        return handler
-
-    def _ipython_display_(self):
-        from IPython.display import display
-        display(self.box)
-
-# %% ../nbs/04_chat.ipynb #cc6481dc
-class _Working(_Showing):
-    def _start(self, begin, question): # `begin` gives the iterator of an answer
-        if not self.busy.acquire(blocking=False): return  # a rapid second click
-        try:
-            c = self.chat
-            c.which, c.system = "both" if self.compare.value else self.which.value, self.system.value
-            c.temperature, c.top_p, c.max_new_tokens = self.temperature.value, self.top_p.value, self.length.value
-            pieces = begin()
-        except BaseException: self.busy.release(); raise
-        self.message.value, self.editing = "", False
-        self._ready(busy=True); self._say("answering …")
-        self.worker = threading.Thread(target=self._work, args=(pieces, question), daemon=True); self.worker.start()
-
-    def _work(self, pieces, question):
-        shown = 0.0
-        try:
-            for _ in pieces:
-                if time.monotonic() - shown >= 1 / 15: self._show(); shown = time.monotonic()
-            self._show(); self._say(self.chat.last.note)
-        except BaseException as e: self._fail(e); self._say(""); self.message.value = self.message.value or question; self._show()
-        finally: self._ready(busy=False); self.busy.release()
-
-# %% ../nbs/04_chat.ipynb #c6cb87ed
-class ChatUI(_Working):
+class ChatUI:
     "An ipywidgets window on a `Chat`."
     def __init__(self,
         chat: Chat,                     # the conversation to show
         examples: list[str] = EXAMPLES, # questions to begin with, a button each
         folder: str = ".",              # where Save writes
     ):
-        super().__init__(chat, examples)
-        self.chat, self.folder, self.busy = chat, folder, threading.Lock()
-        for name in "send", "stop", "regen", "undo", "edit", "clear", "export": getattr(self, name).on_click(self._safely(getattr(self, f"_{name}")))
-        for b in self.examples: b.on_click(self._safely(functools.partial(self._ask, b.description)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore"); self.message.on_submit(lambda _: threading.Timer(0.1, self._safely(self._send)).start())
+        self.chat, self.folder = chat, folder
+        self.busy, self.editing = threading.Lock(), False
+        self._fields(); self._page(); self._buttons(examples)
+        self._arrange(); self._connect()
         self._after("")
 
-    def _ask(self, text): self._start(lambda: (self.chat.edit_last if self.editing else self.chat.stream)(text), text)
-    def _send(self): self.message.value.strip() and self._ask(self.message.value.strip())
-    def _stop(self): self.chat.stop()
-    def _regen(self): self._start(self.chat.regenerate, "")
-    def _edit(self): self.message.value, self.editing = self.chat.last.question, True; self._say("edit the question and send it again")
-    def _undo(self): self.message.value = self.chat.undo(); self._after("taken back")
-    def _clear(self): self.chat.clear(); self._after("")
-    def _export(self): name = f"{self.folder}/chat-{time.strftime('%Y%m%d-%H%M%S')}"; self._say("saved: " + ", ".join(short_path(self.chat.save(name + end)) for end in (".md", ".jsonl")))
-    def _after(self, said): self.editing = False; self._show(); self._ready(busy=False); self._say(said)
+    def _ipython_display_(self):
+        from IPython.display import display
+        display(self.box)
+
+# %% ../nbs/04_chat.ipynb #i7497734
+@patch
+def _fields(self: ChatUI):
+    import ipywidgets as w
+    chat, L, narrow = self.chat, w.Layout, {"description_width": "initial"}
+    self.which = w.Dropdown(options=["tuned", "base"], value="base" if chat.which == "base" else "tuned",
+                            description="Model", disabled=not chat.has_adapter, layout=L(width="200px"))
+    self.compare = w.Checkbox(value=chat.which == "both", description="Compare base and tuned", indent=False,
+                              disabled=not chat.has_adapter, layout=L(width="auto"))
+    self.system = w.Textarea(value=chat.system, description="System", rows=2, layout=L(width="auto"),
+                             placeholder="A wish for the whole conversation, for instance: Answer in one sentence.")
+    self.temperature = w.BoundedFloatText(value=chat.temperature, min=0, max=2, step=0.1, description="Temperature",
+                                          style=narrow, layout=L(width="170px"))
+    self.top_p = w.BoundedFloatText(value=chat.top_p, min=0.05, max=1, step=0.05, description="Top-p",
+                                    style=narrow, layout=L(width="120px"))
+    self.seed = w.BoundedIntText(value=chat.seed, min=0, max=2**31 - 1, description="Seed",
+                                 style=narrow, layout=L(width="120px"))
+    self.length = w.BoundedIntText(value=chat.max_new_tokens, min=1, max=chat.max_tokens // 2,
+                                   description="Longest answer (tokens)", style=narrow, layout=L(width="250px"))
+
+# %% ../nbs/04_chat.ipynb #i1089480
+@patch
+def _page(self: ChatUI):
+    import ipywidgets as w
+    half = lambda: w.HTML(layout=w.Layout(width="50%"))
+    self.past, self.live, self.status, self.error = w.HTML(), w.HTML(), half(), half()
+    self.page = w.VBox([w.VBox([self.past, self.live]).add_class("dl-turns")])
+    wide = w.Layout(flex="1 1 auto", width="auto")
+    self.message = w.Text(description="Message", placeholder="Ask something, then press Enter",
+                          continuous_update=False, layout=wide)
+
+@patch
+def _buttons(self: ChatUI, examples):
+    import ipywidgets as w
+    def button(text, **kwargs): return w.Button(description=text, layout=w.Layout(width="auto"), **kwargs)
+    self.send, self.stop = button("Send", button_style="primary"), button("Stop", button_style="warning")
+    self.regen = button("Regenerate", tooltip="Another answer, with a temperature above 0")
+    self.undo, self.edit, self.clear = button("Undo"), button("Edit last"), button("Clear")
+    self.export = button("Save", tooltip="As .md and .jsonl")
+    self.examples = [button(e).add_class("dl-example") for e in examples]
+
+# %% ../nbs/04_chat.ipynb #i1414599
+@patch
+def _arrange(self: ChatUI):
+    import ipywidgets as w
+    for name in ("which compare system temperature top_p seed length page status error message "
+                 "send stop regen undo edit clear export").split():
+        getattr(self, name).add_class("dl-" + name.replace("_", "-"))
+    def row(*widgets): return w.HBox(widgets, layout=w.Layout(flex_flow="row wrap"))
+    self.box = w.VBox([
+        w.HTML(STYLE, layout=w.Layout(display="none")),
+        row(self.which, self.compare), self.system, row(self.temperature, self.top_p, self.seed, self.length),
+        self.page, w.HBox([self.status, self.error]).add_class("dl-line"),
+        w.HBox([self.message, self.send, self.stop]),
+        row(self.regen, self.undo, self.edit, self.clear, self.export), row(*self.examples)]).add_class("dl-chat")
+
+# %% ../nbs/04_chat.ipynb #c14ed70f
+@patch
+def _show(self: ChatUI): # the last turn alone changes while it grows
+    turns = self.chat.turns
+    self.past.value, self.live.value = render(turns[:-1]), render(turns[-1:])
+
+@patch
+def _ready(self: ChatUI, busy):
+    "Which buttons may be used."
+    self.stop.disabled = not busy
+    for b in [self.send, self.clear, *self.examples]: b.disabled = busy
+    for b in self.regen, self.undo, self.edit, self.export: b.disabled = busy or not self.chat.history
+
+@patch
+def _say(self: ChatUI, text): self.status.value = html.escape(text)
+
+@patch
+def _fail(self: ChatUI, e):
+    text = str(e) if isinstance(e, DollyError) else f"{type(e).__name__}: {e}"
+    self.error.value = f'<span role="alert">{html.escape(text)}</span>'
+
+@patch
+def _safely(self: ChatUI, action): # as a handler of whatever event
+    def handler(*event):
+        self.error.value = ""
+        try: action()
+        except Exception as e: self._fail(e)
+    return handler
+
+# %% ../nbs/04_chat.ipynb #cc6481dc
+@patch
+def _start(self: ChatUI, begin, question): # `begin` gives the iterator of an answer
+    if not self.busy.acquire(blocking=False): return  # a rapid second click
+    try:
+        c = self.chat
+        c.which, c.system = "both" if self.compare.value else self.which.value, self.system.value
+        c.temperature, c.top_p, c.seed = self.temperature.value, self.top_p.value, self.seed.value
+        c.max_new_tokens = self.length.value
+        pieces = begin()
+    except BaseException: self.busy.release(); raise
+    self.message.value, self.editing = "", False
+    self._ready(busy=True); self._say("answering …")
+    self.worker = threading.Thread(target=self._work, args=(pieces, question), daemon=True); self.worker.start()
+
+@patch
+def _work(self: ChatUI, pieces, question):
+    shown = 0.0
+    try:
+        for _ in pieces:
+            if time.monotonic() - shown >= 1 / 15: self._show(); shown = time.monotonic()
+        self._show(); self._say(self.chat.last.note)
+    except BaseException as e:
+        self._fail(e); self._say(""); self.message.value = self.message.value or question; self._show()
+    finally: self._ready(busy=False); self.busy.release()
+
+# %% ../nbs/04_chat.ipynb #c6cb87ed
+@patch
+def _connect(self: ChatUI):
+    for name in "send", "stop", "regen", "undo", "edit", "clear", "export":
+        getattr(self, name).on_click(self._safely(getattr(self, f"_{name}")))
+    for b in self.examples: b.on_click(self._safely(functools.partial(self._ask, b.description)))
+    enter = self._safely(self._send)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore"); self.message.on_submit(lambda _: threading.Timer(0.1, enter).start())
+
+@patch
+def _ask(self: ChatUI, text):
+    self._start(lambda: (self.chat.edit_last if self.editing else self.chat.stream)(text), text)
+
+@patch
+def _send(self: ChatUI):
+    if text := self.message.value.strip(): self._ask(text)
+
+@patch
+def _stop(self: ChatUI): self.chat.stop()
+
+@patch
+def _regen(self: ChatUI): self._start(self.chat.regenerate, "")
+
+# %% ../nbs/04_chat.ipynb #i7224135
+@patch
+def _edit(self: ChatUI):
+    self.message.value, self.editing = self.chat.last.question, True
+    self._say("edit the question and send it again")
+
+@patch
+def _undo(self: ChatUI): self.message.value = self.chat.undo(); self._after("taken back")
+
+@patch
+def _clear(self: ChatUI): self.chat.clear(); self._after("")
+
+@patch
+def _export(self: ChatUI):
+    name = f"{self.folder}/chat-{time.strftime('%Y%m%d-%H%M%S')}"
+    self._say("saved: " + ", ".join(short_path(self.chat.save(name + end)) for end in (".md", ".jsonl")))
+
+@patch
+def _after(self: ChatUI, said):
+    self.editing = False
+    self._show(); self._ready(busy=False); self._say(said)

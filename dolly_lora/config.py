@@ -4,18 +4,19 @@
 
 # %% ../nbs/00_config.ipynb #18cefc47
 from __future__ import annotations
-import dataclasses, difflib, importlib.metadata, importlib.resources, json, logging, os, platform, re, shlex, subprocess, tempfile
+import base64, dataclasses, difflib, importlib.metadata, importlib.resources, io, json, logging, os, platform, re
+import shlex, subprocess, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 # %% auto #0
 __all__ = ['PRESETS', 'EVALUATION', 'DollyError', 'ConfigError', 'Recipe', 'parse_overrides', 'project_root', 'short_path',
            'sample_path', 'resolve', 'write_text', 'write_json', 'read_json', 'environment', 'start_run', 'load_run',
-           'save_fig']
+           'show_fig', 'save_fig']
 
 # %% ../nbs/00_config.ipynb #141ce964
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it regrets, at import, a kernel that nobody asked for
-os.environ.setdefault("HF_HUB_VERBOSITY", "error")         # without a network it announces every retry; the one line that counts is ours
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import, on a CPU, it misses a kernel nobody asked for
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")         # else it announces every retry without a network
 
 # %% ../nbs/00_config.ipynb #e95c6ac6
 class DollyError(ValueError):
@@ -38,12 +39,12 @@ class Recipe:
     val_fraction: float = 0.1                        # share of records for validation
     test_fraction: float = 0.1                       # share of records for the held-out test
     train_on: str = "response"                       # loss on the `response` only, or on `all` tokens
-    load_in_4bit: bool = True                        # NF4 with double quantisation (needs CUDA; a CPU gets plain weights)
+    load_in_4bit: bool = True                        # NF4, double quantisation (on CUDA; a CPU gets plain weights)
     lora_r: int = 16                                 # rank of the adapters
     lora_alpha: int = 32                             # the update is scaled by lora_alpha / lora_r
     lora_dropout: float = 0.05                       # on the adapters' input
     batch_size: int = 16                             # examples an optimizer step
-    memory: str = "auto"                             # `speed` keeps activations, `frugal` computes them again, `auto` takes what fits (02c_step)
+    memory: str = "auto"                             # `speed` keeps activations, `frugal` does not, `auto`: what fits
     epochs: float = 3.0                              # passes over the training split
     max_steps: int = 0                               # stop after this many optimizer steps (0: as epochs say)
     learning_rate: float = 2e-4                      # peak, reached after warmup, then a cosine to zero
@@ -54,37 +55,46 @@ class Recipe:
     eval_steps: int = 500                            # steps between validations, each with a checkpoint
     logging_steps: int = 10                          # steps between log lines
     test_answers: int = 0                            # test prompts answered in 03_eval (0: all)
-    alpaca: str = "sample"                           # AlpacaEval instructions: a path (.json, .json.xz), `official` or `sample`
+    alpaca: str = "sample"                           # AlpacaEval: a path (.json, .json.xz), `official` or `sample`
     mtbench: str = "sample"                          # MT-Bench questions: a path (.jsonl), `official` or `sample`
-    judge: str = "local"                             # who judges the answers: `local` (the base model itself), `local:NAME` or a model behind OPENAI_BASE_URL
+    judge: str = "local"                             # `local` (the base model), `local:NAME`, or OPENAI_BASE_URL's NAME
     max_new_tokens: int = 512                        # longest answer to a test prompt or in the chat, in tokens
-    benchmark_tokens: int = 1024                     # longest answer to AlpacaEval and MT-Bench (MT-Bench's own limit)
+    benchmark_tokens: int = 1024                     # longest answer to AlpacaEval and MT-Bench (its own limit)
     generation_batch_size: int = 16                  # prompts answered together
 
     def __post_init__(self):
         if self.train_on not in ("response", "all"):
             raise ConfigError(f"train_on={self.train_on!r}: choose response or all")
         if re.match("adafactor|galore|lomo|adalomo|grokadamw|apollo|stable_adamw|schedule_free|muon", self.optimizer):
-            raise ConfigError(f"optimizer={self.optimizer}: the adapters are updated as one flat tensor, which wants an element-wise optimizer: choose adamw_torch_fused, adamw_8bit, sgd or lion_32bit")
+            raise ConfigError(f"optimizer={self.optimizer}: the adapters are updated as one flat tensor, which wants "
+                              f"an element-wise optimizer: choose adamw_torch_fused, adamw_8bit, sgd or lion_32bit")
         if self.memory not in ("auto", "speed", "frugal"):
             raise ConfigError(f"memory={self.memory!r}: choose auto, speed or frugal")
         if not (0 < self.val_fraction and 0 < self.test_fraction and self.val_fraction + self.test_fraction < 1):
-            raise ConfigError(f"val_fraction={self.val_fraction}, test_fraction={self.test_fraction}: both above 0, their sum below 1")
-        if not (0 <= self.lora_dropout < 1 and 0 <= self.warmup_ratio < 1 and self.weight_decay >= 0 and self.max_steps >= 0 and self.test_answers >= 0):
-            raise ConfigError("lora_dropout and warmup_ratio lie in [0, 1); weight_decay, max_steps and test_answers are not negative")
-        for name in ("lora_alpha", "max_grad_norm", "max_length", "lora_r", "batch_size", "epochs", "learning_rate", "eval_steps", "logging_steps", "max_new_tokens", "benchmark_tokens", "generation_batch_size"):
-            if not 0 < getattr(self, name) < float("inf"): raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
+            raise ConfigError(f"val_fraction={self.val_fraction}, test_fraction={self.test_fraction}: both above 0, "
+                              f"their sum below 1")
+        if not (0 <= self.lora_dropout < 1 and 0 <= self.warmup_ratio < 1 and self.weight_decay >= 0
+                and self.max_steps >= 0 and self.test_answers >= 0):
+            raise ConfigError("lora_dropout and warmup_ratio lie in [0, 1); weight_decay, "
+                              "max_steps and test_answers are not negative")
+        for name in ("lora_alpha", "max_grad_norm", "max_length", "lora_r", "batch_size", "epochs", "learning_rate",
+                     "eval_steps", "logging_steps", "max_new_tokens", "benchmark_tokens", "generation_batch_size"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
 
 # %% ../nbs/00_config.ipynb #535116a3
 _smollm2 = dict(base="smollm2", revision="")
 _small = dict(dataset="sample", load_in_4bit=False, epochs=1.0, learning_rate=1e-3, logging_steps=1)
 
 PRESETS = {r.preset: r for r in (  # name -> Recipe
-    Recipe(**_small | dict(preset="tiny", base="tiny", revision="", max_length=256, max_steps=6, eval_steps=3, test_answers=4, max_new_tokens=8, benchmark_tokens=8)),
-    Recipe(**_small | _smollm2 | dict(preset="demo", max_length=512, max_steps=8, eval_steps=4, max_new_tokens=64, benchmark_tokens=64)),
+    Recipe(**_small | dict(preset="tiny", base="tiny", revision="", max_length=256, max_steps=6, eval_steps=3,
+                           test_answers=4, max_new_tokens=8, benchmark_tokens=8)),
+    Recipe(**_small | _smollm2 | dict(preset="demo", max_length=512, max_steps=8, eval_steps=4,
+                                      max_new_tokens=64, benchmark_tokens=64)),
     Recipe(**_smollm2 | dict(preset="smollm2", max_new_tokens=256, generation_batch_size=512)),
     Recipe(preset="llama2", generation_batch_size=128),
-    Recipe(preset="llama2-t4", max_length=512, eval_steps=100, test_answers=200, max_new_tokens=256, benchmark_tokens=512, generation_batch_size=8))}
+    Recipe(preset="llama2-t4", max_length=512, eval_steps=100, test_answers=200,
+           max_new_tokens=256, benchmark_tokens=512, generation_batch_size=8))}
 
 # %% ../nbs/00_config.ipynb #cc7af6ab
 def parse_overrides(
@@ -96,9 +106,11 @@ def parse_overrides(
     for pair in shlex.split(overrides):
         name, eq, value = pair.partition("=")
         if not eq or name not in kinds or name == "preset":
-            raise ConfigError(f"cannot set {pair!r}: write field=value, with a field of Recipe{_suggest(name, kinds)}")
+            raise ConfigError(f"cannot set {pair!r}: write field=value, "
+                              f"with a field of Recipe{_suggest(name, kinds)}")
         try: out[name] = {"true": True, "false": False}[value.lower()] if kinds[name] is bool else kinds[name](value)
-        except (ValueError, KeyError): raise ConfigError(f"cannot set {name} to {value!r}: it takes {kinds[name].__name__}") from None
+        except (ValueError, KeyError):
+            raise ConfigError(f"cannot set {name} to {value!r}: it takes {kinds[name].__name__}") from None
     return out
 
 def _suggest(word, known):
@@ -149,7 +161,8 @@ def write_text(
 ):
     "Publish a text file atomically: a reader sees the old one or the new one, never half."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # a name of its own: under torchrun two processes write the same file
+    # a name of its own: under torchrun two processes write the same file
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with open(part, "w", encoding="utf-8") as f:
         f.write(text); f.flush(); os.fsync(f.fileno())
     os.replace(part, path)
@@ -166,7 +179,9 @@ def read_json(
 ):
     "Read a run's JSON file."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise DollyError(f"{short_path(path)} is not there: run the notebook that writes it first, or `dolly-lora run PRESET`") from None
+    except FileNotFoundError:
+        raise DollyError(f"{short_path(path)} is not there: run the notebook that writes it first, "
+                         f"or `dolly-lora run PRESET`") from None
 
 # %% ../nbs/00_config.ipynb #4ab11ef6
 def environment() -> dict: # python, packages, gpu (name and memory in GiB, or None), cpu cores, commit (or None)
@@ -174,13 +189,18 @@ def environment() -> dict: # python, packages, gpu (name and memory in GiB, or N
     import torch
     names = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets")
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    try: commit = subprocess.run(["git", "rev-parse", "-q", "--verify", "HEAD"], cwd=project_root(), capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "rev-parse", "-q", "--verify", "HEAD"], cwd=project_root(),
+                                capture_output=True, text=True).stdout.strip()
     except OSError: commit = ""  # no git on this machine
-    return dict(python=platform.python_version(), packages={n: importlib.metadata.version(n) for n in names}, cpu_cores=os.cpu_count(),
-                gpu=gpu and dict(name=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1)), commit=commit or os.environ.get("DOLLY_LORA_COMMIT"))
+    return dict(python=platform.python_version(), packages={n: importlib.metadata.version(n) for n in names},
+                cpu_cores=os.cpu_count(), commit=commit or os.environ.get("DOLLY_LORA_COMMIT"),
+                gpu=gpu and dict(name=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1)))
 
 # %% ../nbs/00_config.ipynb #c29f97df
-EVALUATION = {"test_answers", "alpaca", "mtbench", "judge", "max_new_tokens", "benchmark_tokens", "generation_batch_size", "memory"}  # fields that what is learnt does not depend on
+# fields that what is learnt does not depend on
+EVALUATION = {"test_answers", "alpaca", "mtbench", "judge", "max_new_tokens", "benchmark_tokens",
+              "generation_batch_size", "memory"}
 
 def start_run(
     recipe: Recipe, # what to run
@@ -190,9 +210,13 @@ def start_run(
     path, now = Path(run_dir) / "recipe.json", dataclasses.asdict(recipe)
     if path.exists():
         run = read_json(path)
-        diff = [f"{k}: {run['recipe'].get(k)} there, {v} now" for k, v in now.items() if run["recipe"].get(k) != v and k not in EVALUATION]
+        there = run["recipe"]
+        diff = [f"{k}: {there.get(k)} there, {v} now" for k, v in now.items()
+                if there.get(k) != v and k not in EVALUATION]
         if run["recipe"] != now and not diff: write_json(path, run | {"recipe": now})
-        if diff: raise ConfigError(f"{short_path(path)} is another recipe's ({'; '.join(diff)}): choose another run_dir or delete that folder")
+        if diff:
+            raise ConfigError(f"{short_path(path)} is another recipe's ({'; '.join(diff)}): "
+                              f"choose another run_dir or delete that folder")
     else: write_json(path, {"recipe": now, **environment()})
 
 def load_run(
@@ -203,13 +227,29 @@ def load_run(
     return Recipe(**{k: v for k, v in read_json(Path(run_dir) / "recipe.json")["recipe"].items() if k in known})
 
 # %% ../nbs/00_config.ipynb #9637a441
+def show_fig(
+    fig,      # a matplotlib Figure; it is closed
+    alt: str, # what it shows, for a reader who cannot see it
+):
+    "Show a figure with its text alternative; outside of a notebook nothing happens."
+    from IPython import get_ipython
+    from IPython.display import display
+    import matplotlib.pyplot as plt
+    png = io.BytesIO(); fig.savefig(png, format="png", bbox_inches="tight"); plt.close(fig)
+    if not get_ipython(): return
+    data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": alt}
+    display(data, raw=True, metadata={"image/png": dict(alt=alt)})
+
 def save_fig(
-    fig,           # a matplotlib Figure
+    fig,           # a matplotlib Figure; it is shown and closed
     run_dir: Path, # the figure goes to RUN_DIR/figures
     name: str,     # file name without suffix
-    alt: str,      # what the figure shows, for a reader who cannot see it
+    alt: str,      # as in `show_fig`
 ):
-    "Save a figure as PNG and SVG, with its text alternative beside it."
+    "Show a figure and save it as PNG and SVG, with its text alternative beside it."
     folder = Path(run_dir) / "figures"; folder.mkdir(parents=True, exist_ok=True)
-    for suffix in "png", "svg": fig.savefig(folder / f"{name}.{suffix}", dpi=150, bbox_inches="tight", metadata={"Date": None} if suffix == "svg" else None)
+    for suffix in "png", "svg":
+        fig.savefig(folder / f"{name}.{suffix}", dpi=150, bbox_inches="tight",
+                    metadata={"Date": None} if suffix == "svg" else None)
     write_text(folder / f"{name}.txt", alt + "\n")
+    show_fig(fig, alt)

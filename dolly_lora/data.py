@@ -23,10 +23,13 @@ class DataError(DollyError):
 
 def _record(row, where):
     "One row as the four strings, or a `DataError` that says `where`."
-    if not isinstance(row, dict): raise DataError(f"{where}: expected an object with {', '.join(FIELDS)}, found {type(row).__name__}")
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object with {', '.join(FIELDS)}, found {type(row).__name__}")
     for field in FIELDS:
-        if field not in row: raise DataError(f"{where}: field {field!r} is missing (has: {', '.join(map(str, row)) or 'nothing'})")
-        if not isinstance(row[field], str): raise DataError(f"{where}: field {field!r} must be text, found {type(row[field]).__name__}")
+        if field not in row:
+            raise DataError(f"{where}: field {field!r} is missing (has: {', '.join(map(str, row)) or 'nothing'})")
+        if not isinstance(row[field], str):
+            raise DataError(f"{where}: field {field!r} must be text, found {type(row[field]).__name__}")
     for field in "instruction", "category":
         if not row[field].strip(): raise DataError(f"{where}: field {field!r} is empty")
     return {field: row[field] for field in FIELDS}
@@ -37,16 +40,20 @@ def _read_jsonl(path):
         for n, line in enumerate(f, 1):
             where = f"{path.name} line {n}"
             try: text = line.decode("utf-8-sig" if n == 1 else "utf-8")
-            except UnicodeDecodeError as e: raise DataError(f"{where}: not UTF-8 (byte {e.start + 1}): save the file as UTF-8") from None
+            except UnicodeDecodeError as e:
+                raise DataError(f"{where}: not UTF-8 (byte {e.start + 1}): save the file as UTF-8") from None
             if not text.strip(): continue
             try: yield _record(json.loads(text), where)
-            except json.JSONDecodeError as e: raise DataError(f"{where}: not JSON ({e.msg} at column {e.colno})") from None
+            except json.JSONDecodeError as e:
+                raise DataError(f"{where}: not JSON ({e.msg} at column {e.colno})") from None
 
 def _read_json(path):
     try: rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError: raise DataError(f"{path.name}: not UTF-8: save the file as UTF-8") from None
-    except json.JSONDecodeError as e: raise DataError(f"{path.name} line {e.lineno}: not JSON ({e.msg} at column {e.colno})") from None
-    if not isinstance(rows, list): raise DataError(f"{path.name}: expected a list of records, found {type(rows).__name__}")
+    except json.JSONDecodeError as e:
+        raise DataError(f"{path.name} line {e.lineno}: not JSON ({e.msg} at column {e.colno})") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path.name}: expected a list of records, found {type(rows).__name__}")
     return (_record(r, f"{path.name} record {n}") for n, r in enumerate(rows, 1))
 
 def _read_parquet(path):
@@ -76,16 +83,18 @@ def _download(source):
 # %% ../nbs/01_data.ipynb #18cbcb20
 def load_dolly(
     source: str, # hub id, path (.jsonl, .jsonl.xz, .json, .parquet; relative to the project) or `sample`
-): # `datasets.Dataset` with the string columns instruction, context, response, category; `DataError` names file and line
+): # `datasets.Dataset`, string columns instruction, context, response, category; `DataError` names file and line
     "Read Dolly, or data of its shape."
     from datasets import Dataset
     path = sample_path("dolly_sample.jsonl") if str(source) == "sample" else project_root() / source
     readers = {".jsonl": _read_jsonl, ".xz": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     if path.is_file():
         if path.suffix not in readers:
-            raise DataError(f"{path.name}: cannot read {path.suffix or 'a file without suffix'}: give .jsonl, .jsonl.xz, .json or .parquet")
+            raise DataError(f"{path.name}: cannot read {path.suffix or 'a file without suffix'}: give .jsonl, "
+                            f".jsonl.xz, .json or .parquet")
         try: rows = list(readers[path.suffix](path))
-        except (lzma.LZMAError, EOFError): raise DataError(f"{path.name}: the xz file is damaged or cut short: fetch it again") from None
+        except (lzma.LZMAError, EOFError):
+            raise DataError(f"{path.name}: the xz file is damaged or cut short: fetch it again") from None
     elif path.suffix in readers or str(source).count("/") != 1 or str(source).startswith((".", "/")):
         raise DataError(f"no data at {source!r}: give an existing file, a hub id (owner/name) or `sample`")
     else: rows = list(_download(str(source)))
@@ -93,8 +102,9 @@ def load_dolly(
     return Dataset.from_list(rows)
 
 # %% ../nbs/01_data.ipynb #6dbb308c
-_MARK = re.compile(r"(?<=\S)\[(?:[1-9]\d{0,2}|[a-z]|[A-Z](?=\]\W)|(?:note|nb|list|[nptNPT]|[Nn]\.|Note|Jp) ?(?:\d{1,3}|[a-z])"
-                   r"|[a-z -]*(?:needed|verification|not found)|when\?|who\?|by whom\?|which\?|where\?|dubious[^\[\]]*)\](?!\w)")
+_MARK = re.compile(
+    r"(?<=\S)\[(?:[1-9]\d{0,2}|[a-z]|[A-Z](?=\]\W)|(?:note|nb|list|[nptNPT]|[Nn]\.|Note|Jp) ?(?:\d{1,3}|[a-z])"
+    r"|[a-z -]*(?:needed|verification|not found)|when\?|who\?|by whom\?|which\?|where\?|dubious[^\[\]]*)\](?!\w)")
 _CODE = re.compile(r"\w\[0\]|\w\[\w+\] ?[=(.]|= ?\[")
 
 def strip_citations(
@@ -132,7 +142,7 @@ def clean(
 
 # %% ../nbs/01_data.ipynb #4283fe3a
 def _place(row, seed):
-    "Where a record comes in its category's line: a number made from the seed and the passage, or the instruction without one."
+    "Where a record comes in its category's line: made from the seed and the passage, or the instruction without one."
     return hashlib.sha256(f"{seed}\0{normalise(row['context'] or row['instruction'])}".encode()).hexdigest()
 
 def split(
@@ -147,7 +157,8 @@ def split(
     out = dict(train=[], val=[], test=[])
     for line in lines.values():
         total, seen = sum(map(len, line.values())), 0
-        test, held_out = round(total * recipe.test_fraction), round(total * (recipe.test_fraction + recipe.val_fraction))
+        test = round(total * recipe.test_fraction)
+        held_out = round(total * (recipe.test_fraction + recipe.val_fraction))
         for _, rows in sorted(line.items()):
             name = "test" if seen < test else "val" if seen < held_out else "train"
             out[name] += rows; seen += len(rows)
@@ -211,8 +222,8 @@ def encode_split(
     every = encode_all(rows, tokenizer, recipe.max_length, recipe.train_on)
     kept = [e for e in every if any(l != -100 for l in e["labels"][1:])]
     for e in kept: assert e["cut"] or e["labels"][-1] == tokenizer.eos_token_id
-    counts = dict(examples=len(kept), cut=sum(e["cut"] > 0 for e in kept), tokens_cut=sum(e["cut"] for e in kept),
-                  dropped=len(every) - len(kept), tokens=sum(len(e["input_ids"]) for e in kept),
+    counts = dict(examples=len(kept), cut=sum(e["cut"] > 0 for e in kept), tokens_cut=sum(e["cut"]
+                  for e in kept), dropped=len(every) - len(kept), tokens=sum(len(e["input_ids"]) for e in kept),
                   response_tokens=sum(l != -100 for e in kept for l in e["labels"]))
     return Dataset.from_list([{k: e[k] for k in ("input_ids", "labels")} for e in kept]), counts
 
@@ -228,9 +239,12 @@ def prepare_data(
         parts = split(rows, recipe)
         for name, part in parts.items():
             if not part:
-                raise DataError(f"{recipe.dataset}: {len(rows)} records are too few for a {name} split: bring at least ten of a category")
+                raise DataError(f"{recipe.dataset}: {len(rows)} records are too few for a {name} split: "
+                                f"bring at least ten of a category")
             write_text(folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in part))
-        categories = {n: dict(sorted(collections.Counter(r["category"] for r in p).items())) for n, p in parts.items()}
+        categories = {n: dict(sorted(collections.Counter(r["category"] for r in p).items()))
+                      for n, p in parts.items()}
         sizes = {n: len(p) for n, p in parts.items()}
-        write_json(folder / "statistics.json", dict(source=recipe.dataset, cleaning=counts, splits=sizes, categories=categories))
+        write_json(folder / "statistics.json",
+                   dict(source=recipe.dataset, cleaning=counts, splits=sizes, categories=categories))
     return {name: list(_read_jsonl(folder / f"{name}.jsonl")) for name in ("train", "val", "test")}

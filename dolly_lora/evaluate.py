@@ -8,7 +8,8 @@ import contextlib, hashlib, json, re
 from pathlib import Path
 import numpy as np
 import torch
-from .alpaca import bootstrap, compare, consistency, length_control_files, length_effect, load_reference, score
+from .alpaca import (bootstrap, compare, consistency, length_control_files, length_effect,
+                               load_reference, score)
 from .config import Recipe, read_json, write_json, write_text
 from .data import DataError, build_prompt, encode_all, normalise
 from .generate import Rows, generate
@@ -27,19 +28,21 @@ def token_losses(
     rows: list[dict],   # records
     recipe: Recipe,     # `max_length`
     batch_size: int = 8, # examples in one forward pass
-) -> np.ndarray: # float64 [len(rows), 2]: sum of the response tokens' negative log-probabilities in nats, and their number
+) -> np.ndarray: # float64 [len(rows), 2]: the response tokens' summed negative log-probability in nats, their number
     "The loss of every record's response, summed."
     out = np.zeros((len(rows), 2))
     encoded = encode_all(rows, tokenizer, recipe.max_length)
     order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]["input_ids"]))
     for at in range(0, len(order), batch_size):
         chunk = order[at:at + batch_size]
-        pad = lambda key, value: torch.nn.utils.rnn.pad_sequence([torch.tensor(encoded[i][key]) for i in chunk], batch_first=True, padding_value=value).to(model.device)
+        pad = lambda key, value: torch.nn.utils.rnn.pad_sequence([torch.tensor(encoded[i][key]) for i in chunk],
+            batch_first=True, padding_value=value).to(model.device)
         ids, labels = pad("input_ids", tokenizer.pad_token_id), pad("labels", -100)[:, 1:]
         lengths = torch.tensor([len(encoded[i]["input_ids"]) for i in chunk], device=model.device)
         mask = (torch.arange(ids.shape[1], device=model.device)[None] < lengths[:, None]).long()
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-        nll = torch.stack([torch.nn.functional.cross_entropy(l.float(), y, ignore_index=-100, reduction="sum") for l, y in zip(logits, labels)])
+        nll = torch.stack([torch.nn.functional.cross_entropy(l.float(), y, ignore_index=-100, reduction="sum")
+                           for l, y in zip(logits, labels)])
         out[chunk, 0], out[chunk, 1] = nll.double().cpu().numpy(), (labels != -100).sum(1).cpu().numpy()
     return out
 
@@ -71,7 +74,8 @@ def made_with(
     name: str,      # base or tuned
 ) -> dict: # part of every answer's key
     "What answers depend on, besides prompt and decoding."
-    adapter = hashlib.sha256((Path(run_dir) / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()[:16] if name == "tuned" else None
+    weights = Path(run_dir) / "adapter" / "adapter_model.safetensors"
+    adapter = hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if name == "tuned" else None
     return dict(model=recipe.base, revision=recipe.revision, load_in_4bit=recipe.load_in_4bit, adapter=adapter)
 
 def answerer(
@@ -85,7 +89,8 @@ def answerer(
     rows, made = Rows(Path(run_dir) / "answers" / f"{name}.jsonl"), made_with(recipe, run_dir, name)
     def answer(prompts, temperatures=0.0, max_new_tokens=recipe.benchmark_tokens):
         with model.disable_adapter() if name == "base" else contextlib.nullcontext():
-            return generate(model, tokenizer, prompts, max_new_tokens, recipe.generation_batch_size, temperatures, recipe.seed, log, rows, made)
+            return generate(model, tokenizer, prompts, max_new_tokens, recipe.generation_batch_size, temperatures,
+                            recipe.seed, log, rows, made)
     return answer
 
 # %% ../nbs/03_eval.ipynb #62030a04
@@ -105,7 +110,8 @@ def answer_test(
 ) -> list[dict]: # instruction, context, category, reference, output, n_tokens, finished
     "Greedy answers to held-out prompts, beside their references."
     answers = answer([build_prompt(r["instruction"], r["context"]) for r in rows], 0.0, recipe.max_new_tokens)
-    return [dict(instruction=r["instruction"], context=r["context"], category=r["category"], reference=r["response"], output=a.text, n_tokens=a.n_tokens, finished=a.finished) for r, a in zip(rows, answers)]
+    return [dict(instruction=r["instruction"], context=r["context"], category=r["category"], reference=r["response"],
+                 output=a.text, n_tokens=a.n_tokens, finished=a.finished) for r, a in zip(rows, answers)]
 
 # %% ../nbs/03_eval.ipynb #39dafd35
 def rouge_l(
@@ -121,8 +127,9 @@ def answer_metrics(
 ) -> dict: # rouge_l and finished in percent, mean_words, mean_reference_words, answers
     "What can be counted about answers without a judge."
     words = lambda key: float(np.mean([len(r[key].split()) for r in rows]))
-    return dict(answers=len(rows), rouge_l=rouge_l([r["output"] for r in rows], [r["reference"] for r in rows]), finished=100 * float(np.mean([r["finished"] for r in rows])),
-                mean_words=words("output"), mean_reference_words=words("reference"))
+    return dict(answers=len(rows), rouge_l=rouge_l([r["output"] for r in rows], [r["reference"] for r in rows]),
+                finished=100 * float(np.mean([r["finished"] for r in rows])), mean_words=words("output"),
+                mean_reference_words=words("reference"))
 
 # %% ../nbs/03_eval.ipynb #03e007
 def answer_alpaca(
@@ -132,7 +139,8 @@ def answer_alpaca(
 ) -> dict: # `model_outputs` in the official format, and the share `finished` in percent
     "Answer every instruction greedily, in the official file format."
     answers = answer([build_prompt(r["instruction"]) for r in instructions])
-    outputs = [dict(dataset=r["dataset"], instruction=r["instruction"], output=a.text, generator=generator) for r, a in zip(instructions, answers)]
+    outputs = [dict(dataset=r["dataset"], instruction=r["instruction"], output=a.text, generator=generator)
+               for r, a in zip(instructions, answers)]
     return dict(model_outputs=outputs, finished=100 * float(np.mean([a.finished for a in answers])))
 
 # %% ../nbs/03_eval.ipynb #acb83dec
@@ -152,7 +160,8 @@ def check_pairs(
     "Pairs whose winner is known: the answer people gave to an instruction, and one they gave to another."
     shown = lambda r: r["instruction"] + (f"\n\n{r['context']}" if r["context"] else "")
     rows = list({shown(r): r for r in test}.values())[:n]
-    make = lambda answers, who: [dict(dataset="check", instruction=shown(r), output=a["response"], generator=who) for r, a in zip(rows, answers)]
+    make = lambda answers, who: [dict(dataset="check", instruction=shown(r), output=a["response"], generator=who)
+                                 for r, a in zip(rows, answers)]
     return make(rows[1:] + rows[:1], "another record's answer"), make(rows, "its own answer")
 
 # %% ../nbs/03_eval.ipynb #i1621810
@@ -172,12 +181,16 @@ def judge_answers(
     log=print,
 ) -> dict: # annotations (name of the pair -> rows), judgments (MT-Bench rows), check (annotations)
     "Let a judge read all answers of a run; what it has read before is not asked again."
-    outputs = {n: read_json(Path(run_dir) / "answers" / "alpaca_eval" / n / "model_outputs.json") for n in ("base", "tuned")}
+    outputs = {n: read_json(Path(run_dir) / "answers" / "alpaca_eval" / n / "model_outputs.json")
+               for n in ("base", "tuned")}
     replies, reference = Path(run_dir) / "judgments" / "replies.jsonl", _reference_of(recipe)
-    pairs = {"tuned against base": (outputs["base"], outputs["tuned"])} | ({f"{n} against {reference[0]['generator']}": (reference, outputs[n]) for n in outputs} if reference else {})
+    pairs = {"tuned against base": (outputs["base"], outputs["tuned"])} | (
+        {f"{n} against {reference[0]['generator']}": (reference, outputs[n]) for n in outputs} if reference else {})
     annotations = {name: compare(judge, *pair, replies, log=log) for name, pair in pairs.items()}
-    answers = [json.loads(line) for path in sorted((Path(run_dir) / "answers" / "mt_bench" / "model_answer").glob("*.jsonl")) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    graded = grade(judge, load_questions(recipe.mtbench), answers, replies, load_references("corrected" if recipe.mtbench == "official" else recipe.mtbench), log=log)
+    files = sorted((Path(run_dir) / "answers" / "mt_bench" / "model_answer").glob("*.jsonl"))
+    answers = [json.loads(l) for f in files for l in f.read_text(encoding="utf-8").split("\n") if l]
+    graded = grade(judge, load_questions(recipe.mtbench), answers, replies,
+                   load_references("corrected" if recipe.mtbench == "official" else recipe.mtbench), log=log)
     return dict(annotations=annotations, judgments=graded, check=compare(judge, *check_pairs(test), replies, log=log))
 
 # %% ../nbs/03_eval.ipynb #i4559200
@@ -189,19 +202,24 @@ def keep_verdicts(
     "Publish verdicts in the official formats."
     folder = Path(run_dir) / "judgments"
     who = re.sub(r"[^A-Za-z0-9.-]+", "-", judge_name)
-    for name, rows in verdicts["annotations"].items(): write_json(folder / "alpaca_eval" / who / f"{name.replace(' ', '_')}.json", rows)
-    write_text(folder / "mt_bench" / "model_judgment" / f"{who}_single.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in verdicts["judgments"]))
+    for name, rows in verdicts["annotations"].items():
+        write_json(folder / "alpaca_eval" / who / f"{name.replace(' ', '_')}.json", rows)
+    write_text(folder / "mt_bench" / "model_judgment" / f"{who}_single.jsonl",
+               "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in verdicts["judgments"]))
 
 # %% ../nbs/03_eval.ipynb #03e015
 def summarise(
     judge,              # who judged
     verdicts: dict,     # from `judge_answers`
     questions: list[dict], # MT-Bench's, for the categories
-) -> dict: # judge, official, alpaca (pair -> `score`, interval, consistency, length effect), mt_bench (`score`, interval), check
+) -> dict: # judge, official, check, alpaca (pair -> `score`, interval, consistency, length effect), mt_bench
     "Every number the verdicts give."
     interval = lambda rows: {k: v for k, v in bootstrap(rows).items() if k != "win_rate"}
     files = length_control_files() if judge.official else (None, None)
-    alpaca = {name: score(rows, difficulty=files[0], gamed=files[1]) | interval(rows) | dict(consistency=consistency(rows), length_effect=length_effect(rows)) for name, rows in verdicts["annotations"].items()}
+    alpaca = {name: score(rows, difficulty=files[0], gamed=files[1]) | interval(rows)
+              | dict(consistency=consistency(rows), length_effect=length_effect(rows))
+              for name, rows in verdicts["annotations"].items()}
     ends = average_interval(verdicts["judgments"])
     rated = {name: s | dict(interval=ends.get(name)) for name, s in rate(verdicts["judgments"], questions).items()}
-    return dict(judge=judge.name, official=judge.official, alpaca=alpaca, mt_bench=rated, check=bootstrap(verdicts["check"]) | dict(consistency=consistency(verdicts["check"])))
+    return dict(judge=judge.name, official=judge.official, alpaca=alpaca, mt_bench=rated,
+                check=bootstrap(verdicts["check"]) | dict(consistency=consistency(verdicts["check"])))

@@ -19,7 +19,7 @@ from .packing import attend, pack
 from .step import angles_at, fits_llama, group_forward, hold_weights, is_llama, llama_blocks
 
 # %% auto #0
-__all__ = ['Answer', 'choose', 'attend_cached', 'Decoder', 'fill', 'step', 'Rows', 'generate']
+__all__ = ['Answer', 'choose', 'uniform_draws', 'ChooseToken', 'attend_cached', 'Decoder', 'fill', 'step', 'Rows', 'generate']
 
 # %% ../nbs/03a_generate.ipynb #03a006
 @dataclass
@@ -46,19 +46,28 @@ def choose(
     drawn = (summed < (u * summed[:, -1])[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
     return torch.where(temperature > 0, drawn, likely)
 
-def _draws(prompt, seed, n):
-    "The random numbers of a prompt: float32 [n]."
+def uniform_draws(
+    prompt: str, # its text
+    seed: int,   # of the run
+    n: int,      # tokens to be drawn, at most
+) -> np.ndarray: # float32 [n], from 0 to 1
+    "The random numbers of a prompt: they depend on nothing else."
     key = int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:16], "big")
     return np.random.Generator(np.random.Philox(key=key)).random(n, dtype=np.float32)
 
 # %% ../nbs/03a_generate.ipynb #03a012
-class _Choose(LogitsProcessor):
+class ChooseToken(LogitsProcessor):
     "`choose` inside `model.generate`: the chosen token gets the only finite logit."
-    def __init__(self, temperature, draws): self.temperature, self.draws, self.n = temperature, draws, 0
+    def __init__(self,
+        temperature: torch.Tensor, # float32 [rows]
+        draws: torch.Tensor,       # float32 [rows, new tokens], from `uniform_draws`
+    ):
+        self.temperature, self.draws, self.n = temperature, draws, 0
     def __call__(self, input_ids, scores):
         chosen = choose(scores, self.temperature, self.draws[:, self.n]); self.n += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
+# %% ../nbs/03a_generate.ipynb #i5503234
 def _plain(model, tokenizer, encoded, temperature, draws, max_new_tokens, slots, todo):
     "Yield (number, ids) of the prompts `todo`, a batch of `slots` at a time."
     order = sorted(todo, key=lambda i: -len(encoded[i]))
@@ -66,7 +75,9 @@ def _plain(model, tokenizer, encoded, temperature, draws, max_new_tokens, slots,
         chunk = order[at:at + slots]
         inputs = tokenizer.pad(dict(input_ids=[encoded[i] for i in chunk]), return_tensors="pt").to(model.device)
         rows = [torch.tensor(np.stack([t[i] for i in chunk]), device=model.device) for t in (temperature, draws)]
-        out = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=LogitsProcessorList([_Choose(*rows)]),
+        out = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask,
+                             max_new_tokens=max_new_tokens, do_sample=False,
+                             logits_processor=LogitsProcessorList([ChooseToken(*rows)]),
                              eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         yield from zip(chunk, out[:, inputs.input_ids.shape[1]:].tolist())
 
@@ -80,30 +91,37 @@ def attend_cached(
 ) -> torch.Tensor: # [rows, heads, size]
     "Attention to the cache."
     mask = torch.arange(span, device=q.device)[None] < seen[:, None]
-    return F.scaled_dot_product_attention(q[:, :, None], k[:, :, :span], v[:, :, :span], attn_mask=mask[:, None, None], enable_gqa=q.shape[1] != k.shape[1])[:, :, 0]
+    return F.scaled_dot_product_attention(q[:, :, None], k[:, :, :span], v[:, :, :span],
+                                          attn_mask=mask[:, None, None], enable_gqa=q.shape[1] != k.shape[1])[:, :, 0]
 
+# %% ../nbs/03a_generate.ipynb #i6606593
 @_jit
-def _cached(q, k, v, out, seen, scale, S, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr, BL: tl.constexpr):
+def _cached(q, k, v, out, seen, scale, S, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr,
+            BL: tl.constexpr):
     row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     d, g, l = tl.arange(0, BD), tl.arange(0, BG), tl.arange(0, BL)
     here, n = (row * heads + head).to(tl.int64), tl.load(seen + row)
     at = (here * G + g[:, None]) * D + d[None]
     fits = (g[:, None] < G) & (d[None] < D)
     query = tl.load(q + at, mask=fits, other=0.0).to(tl.float32) * scale
-    best, total, sum_ = tl.full((BG,), -float("inf"), tl.float32), tl.zeros((BG,), tl.float32), tl.zeros((BG, BD), tl.float32)
+    best, total = tl.full((BG,), -float("inf"), tl.float32), tl.zeros((BG,), tl.float32)
+    sum_ = tl.zeros((BG, BD), tl.float32)
     for start in range(0, n, BL):
         place, inside = (here * S + start + l[:, None]) * D + d[None], (start + l[:, None] < n) & (d[None] < D)
-        keys, values = tl.load(k + place, mask=inside, other=0.0).to(tl.float32), tl.load(v + place, mask=inside, other=0.0).to(tl.float32)
+        keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(v + place, mask=inside, other=0.0).to(tl.float32)
         scores = tl.where(start + l[None] < n, tl.sum(query[:, None, :] * keys[None, :, :], 2), -float("inf"))
         higher = tl.maximum(best, tl.max(scores, 1))
         weight, shrink = tl.exp(scores - higher[:, None]), tl.exp(best - higher)
-        total, sum_, best = total * shrink + tl.sum(weight, 1), sum_ * shrink[:, None] + tl.sum(weight[:, :, None] * values[None, :, :], 1), higher
+        total = total * shrink + tl.sum(weight, 1)
+        sum_, best = sum_ * shrink[:, None] + tl.sum(weight[:, :, None] * values[None, :, :], 1), higher
     tl.store(out + at, (sum_ / total[:, None]).to(out.dtype.element_ty), mask=fits)
 
 def _attend_cached_triton(q, k, v, seen, span):
     out, (rows, heads, size), q = torch.empty_like(q, memory_format=torch.contiguous_format), q.shape, q.contiguous()
     group = heads // k.shape[1]
-    _cached[(rows, k.shape[1])](q, k, v, out, seen, size**-0.5, k.shape[2], size, group, _pow2(size), _pow2(group), 64 if group == 1 else 32)
+    _cached[(rows, k.shape[1])](q, k, v, out, seen, size**-0.5, k.shape[2], size, group, _pow2(size), _pow2(group),
+                                64 if group == 1 else 32)
     return out
 
 # %% ../nbs/03a_generate.ipynb #03a019
@@ -138,16 +156,22 @@ class Decoder:
         max_new_tokens: int, # of an answer
         keep: bool = True,   # hold NF4 weights dequantised
     ):
-        self.base, self.eos, self.graph, ops = (base := _base(model)), eos, None, operations(model.device)
+        base, ops = _base(model), operations(model.device)
+        self.base, self.eos, self.graph = base, eos, None
         self.blocks, groups = llama_blocks(base, ops)
-        self.row, self.attend = (0, attend_cached) if ops is PLAIN else (2048, _attend_cached_triton)  # tokens of a row of prompts; 0: as they come
+        self.row = 0 if ops is PLAIN else 2048  # tokens of a row of prompts; 0: as they come
+        self.attend = attend_cached if ops is PLAIN else _attend_cached_triton
         hold_weights(groups, keep, dtype := base.lm_head.weight.dtype)
         for g in groups:
             if g.A: low = torch.cat([p.detach().flatten() for p in g.A + g.B]).to(dtype); g.bind(0, low, low)
         new = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=base.device)
-        self.cache = new(len(self.blocks), 2, slots, self.blocks[0].key_heads, capacity, self.blocks[0].size, dtype=dtype)
-        self.tokens, self.lengths, self.count, self.slot, self.out = new(slots), new(slots), new(slots), torch.arange(slots, device=base.device), new(slots, max_new_tokens)
-        self.temperature, self.draws, self.active = new(slots, dtype=torch.float32), new(slots, max_new_tokens, dtype=torch.float32), new(slots, dtype=torch.bool)
+        first = self.blocks[0]
+        self.cache = new(len(self.blocks), 2, slots, first.key_heads, capacity, first.size, dtype=dtype)
+        self.tokens, self.lengths, self.count = new(slots), new(slots), new(slots)
+        self.slot, self.out = torch.arange(slots, device=base.device), new(slots, max_new_tokens)
+        self.temperature = new(slots, dtype=torch.float32)
+        self.draws = new(slots, max_new_tokens, dtype=torch.float32)
+        self.active = new(slots, dtype=torch.bool)
         if self.row: _record(self)
 
 # %% ../nbs/03a_generate.ipynb #i0627511
@@ -184,18 +208,22 @@ def fill(
     temperature, draws,       # one of each for every prompt: number, float32 [max_new_tokens]
 ):
     "Read prompts into slots and take their first tokens."
-    device, lengths, last = d.cache.device, torch.tensor([len(p) for p in prompts]), d.cache.new_zeros(len(d.slot), d.base.config.hidden_size)
+    device, lengths = d.cache.device, torch.tensor([len(p) for p in prompts])
+    last = d.cache.new_zeros(len(d.slot), d.base.config.hidden_size)
     for chunk in _chunks(lengths.tolist(), d.row or 10**9):
         n = int(lengths[chunk].sum())
         ids = [prompts[j] for j in chunk] + ([[0] * (-n % d.row)] if d.row and n % d.row else [])
-        row, owner = pack([dict(input_ids=i, labels=i) for i in ids]).to(device), torch.repeat_interleave(torch.tensor(slots)[chunk], lengths[chunk]).to(device)
+        row = pack([dict(input_ids=i, labels=i) for i in ids]).to(device)
+        owner = torch.repeat_interleave(torch.tensor(slots)[chunk], lengths[chunk]).to(device)
         def attention(i, q, k, v):
             for cache, new in zip(d.cache[i], (k, v)): cache[owner, :, row.positions[:n]] = new[:n]
             return attend(q, k, v, row)
-        last[[slots[j] for j in chunk]] = _stream(d.base, d.blocks, row.input_ids, row.positions, attention)[row.bounds[1:len(chunk) + 1].long() - 1]
+        hidden = _stream(d.base, d.blocks, row.input_ids, row.positions, attention)
+        last[[slots[j] for j in chunk]] = hidden[row.bounds[1:len(chunk) + 1].long() - 1]
     at, who = torch.tensor(slots, device=device), torch.zeros_like(d.active)
     d.lengths[at], d.count[at], who[at] = lengths.to(device), 0, True
-    d.temperature[at], d.draws[at] = (torch.tensor(np.asarray(t), dtype=torch.float32, device=device) for t in (temperature, draws))
+    d.temperature[at], d.draws[at] = (torch.tensor(np.asarray(t), dtype=torch.float32, device=device)
+                                      for t in (temperature, draws))
     _take(d, last, who)
 
 # %% ../nbs/03a_generate.ipynb #i3348502
@@ -219,16 +247,20 @@ def _chunks(lengths, most):
 def _room(base):
     "Bytes a card has for the cache, and what NF4 weights take of them when they are kept dequantised."
     if base.device.type == "cpu": return 2**62, 0
-    free, width = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), base.lm_head.weight.element_size()
-    linears = [getattr(m, "base_layer", m) for layer in base.model.layers for m in layer.modules() if hasattr(m, "in_features") and not hasattr(m, "lora_A")]
-    return 0.85 * free - 2**30, sum(l.in_features * l.out_features * width for l in linears if hasattr(l.weight, "quant_state"))
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    width = base.lm_head.weight.element_size()
+    linears = [getattr(m, "base_layer", m) for layer in base.model.layers for m in layer.modules()
+               if hasattr(m, "in_features") and not hasattr(m, "lora_A")]
+    return 0.85 * free - 2**30, sum(l.in_features * l.out_features * width for l in linears
+                                    if hasattr(l.weight, "quant_state"))
 
 def _slots(model, lengths, max_new_tokens, batch_size):
     "Slots, the capacity of each, and whether to keep the weights dequantised."
     base, capacity = _base(model), max(lengths) + max_new_tokens
     c, width = base.config, base.lm_head.weight.element_size()
     size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    row = 2 * c.num_hidden_layers * c.num_key_value_heads * size * width * capacity + 16 * c.vocab_size  # cache, and logits in float32 while a token is chosen
+    # cache, and logits in float32 while a token is chosen
+    row = 2 * c.num_hidden_layers * c.num_key_value_heads * size * width * capacity + 16 * c.vocab_size
     room, weights = _room(base)
     fit, most = [max(1, min(batch_size, len(lengths), int(r // row))) for r in (room - weights, room)]
     keep = room > weights + row and 2 * fit >= most
@@ -245,7 +277,8 @@ def _decode(model, tokenizer, encoded, temperature, draws, max_new_tokens, slots
         free = [s for s in range(slots) if s not in at]
         if waiting and len(free) >= (slots + 3) // 4:
             new = {s: waiting.popleft() for s in free[:len(waiting)]}
-            fill(decoder, list(new), [encoded[i] for i in new.values()], [temperature[i] for i in new.values()], np.stack([draws[i] for i in new.values()]))
+            fill(decoder, list(new), [encoded[i] for i in new.values()], [temperature[i] for i in new.values()],
+                 np.stack([draws[i] for i in new.values()]))
             at |= new
         for _ in range(8 if decoder.graph else 1): step(decoder)
         active, count = decoder.active.tolist(), decoder.count.tolist()
@@ -263,7 +296,9 @@ class Rows:
         self.torn = len(whole) if whole != data else None  # a process ended in the middle of a line
         for n, line in enumerate(whole.splitlines(), 1):
             try: row = json.loads(line); self.rows[row.pop("key")] = row
-            except (ValueError, KeyError, AttributeError): raise DollyError(f"{self.path} line {n} is not a row of this file: delete the line and run again") from None
+            except (ValueError, KeyError, AttributeError):
+                raise DollyError(f"{self.path} line {n} is not a row of this file: "
+                                 f"delete the line and run again") from None
 
     def __contains__(self, key: str): return key in self.rows
     def __getitem__(self, key: str) -> dict: return self.rows[key]
@@ -272,15 +307,19 @@ class Rows:
         "Append a row; it survives the end of this process."
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.torn is not None: os.truncate(self.path, self.torn); self.torn = None
-        with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(dict(key=key) | row, ensure_ascii=False) + "\n")
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(dict(key=key) | row, ensure_ascii=False) + "\n")
         self.rows[key] = row
 
 # %% ../nbs/03a_generate.ipynb #03a031
 def _encode(model, tokenizer, prompts, max_new_tokens): # token ids of each prompt
-    limit, encoded = getattr(model.config, "max_position_embeddings", None) or 10**9, tokenizer(prompts).input_ids if prompts else []
+    limit = getattr(model.config, "max_position_embeddings", None) or 10**9
+    encoded = tokenizer(prompts).input_ids if prompts else []
     for n, ids in enumerate(encoded, 1):
         if not ids: raise DollyError(f"prompt {n} is empty: write something")
-        if len(ids) + max_new_tokens > limit: raise DollyError(f"prompt {n} has {len(ids):,} tokens; with {max_new_tokens:,} new ones the model has room for {limit:,}: shorten it")
+        if len(ids) + max_new_tokens > limit:
+            raise DollyError(f"prompt {n} has {len(ids):,} tokens; "
+                             f"with {max_new_tokens:,} new ones the model has room for {limit:,}: shorten it")
     return encoded
 
 def _finish(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, todo, log):
@@ -288,10 +327,14 @@ def _finish(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, 
     way, left = _decode if _decodes(model) else _plain, set(todo)
     while left:
         try:
-            for i, ids in way(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, sorted(left)): left.discard(i); yield i, _answer(ids, tokenizer)
+            for i, ids in way(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, sorted(left)):
+                left.discard(i)
+                yield i, _answer(ids, tokenizer)
         except torch.OutOfMemoryError as e:
             batch_size = getattr(e, "slots", min(batch_size, len(encoded)))
-            if batch_size == 1: raise DollyError(f"out of GPU memory with one prompt of {max(len(encoded[i]) for i in left)} tokens: set a smaller max_new_tokens or a shorter prompt") from None
+            if batch_size == 1:
+                raise DollyError(f"out of GPU memory with one prompt of {max(len(encoded[i]) for i in left)} tokens: "
+                                 f"set a smaller max_new_tokens or a shorter prompt") from None
             batch_size //= 2; log(f"out of memory: {batch_size} prompts at a time from here")
         finally: torch.cuda.empty_cache()
 
@@ -299,9 +342,10 @@ def _decodes(model): # a Llama, without an adapter or with one on every linear o
     return is_llama(_base(model)) and (_base(model) is model or fits_llama(model))
 
 # %% ../nbs/03a_generate.ipynb #i7296881
-def _keys(prompts, heat, max_new_tokens, seed, made_with): # what each answer depends on, hashed; the seed counts only where something is drawn
+def _keys(prompts, heat, max_new_tokens, seed, made_with): # what each answer depends on, hashed
     decoding = lambda t: dict(max_new_tokens=max_new_tokens, temperature=float(t)) | (dict(seed=seed) if t else {})
-    return [hashlib.sha256(json.dumps([p, made_with, decoding(t)], sort_keys=True).encode()).hexdigest()[:32] for p, t in zip(prompts, heat)]
+    texts = [json.dumps([p, made_with, decoding(t)], sort_keys=True) for p, t in zip(prompts, heat)]
+    return [hashlib.sha256(t.encode()).hexdigest()[:32] for t in texts]
 
 def _progress(done, all_, now, tokens, seconds):
     left = f", {timedelta(seconds=round(seconds / now * (all_ - done)))} left" if done < all_ else ""
@@ -312,7 +356,7 @@ def _progress(done, all_, now, tokens, seconds):
 def generate(
     model,                     # a causal language model or PeftModel; its adapters count if they are on
     tokenizer,                 # pads on the left
-    prompts: list[str],        # from `build_prompt` or `build_conversation`; `DollyError` for one that is empty or too long
+    prompts: list[str],        # from `build_prompt` or `build_conversation`; `DollyError` if empty or too long
     max_new_tokens: int = 256, # longest answer
     batch_size: int = 16,      # prompts at a time, at most
     temperature: float | list[float] = 0.0, # 0: greedy; a list has one for each prompt
@@ -322,16 +366,23 @@ def generate(
     made_with: dict | None = None, # what else the answers depend on: model, revision, adapter
 ) -> list[Answer]: # in the order of `prompts`
     "Answer every prompt once; greedy unless a temperature is given."
-    heat, encoded, training, start, shown = np.broadcast_to(np.asarray(temperature, np.float32), len(prompts)), _encode(model, tokenizer, prompts, max_new_tokens), model.training, time.time(), time.time()
+    heat = np.broadcast_to(np.asarray(temperature, np.float32), len(prompts))
+    encoded, training = _encode(model, tokenizer, prompts, max_new_tokens), model.training
+    start, shown = time.time(), time.time()
     keys = _keys(prompts, heat, max_new_tokens, seed, made_with)
     done, made = {k: Answer(**rows[k]) for k in keys if rows and k in rows}, 0
-    todo = {k: i for i, k in reversed(list(enumerate(keys))) if k not in done}  # a prompt that comes twice is asked once
-    draws = [_draws(p, seed, max_new_tokens) if t else np.zeros(max_new_tokens, np.float32) for p, t in zip(prompts, heat)]
+    # a prompt that comes twice is asked once
+    todo = {k: i for i, k in reversed(list(enumerate(keys))) if k not in done}
+    draws = [uniform_draws(p, seed, max_new_tokens) if t else np.zeros(max_new_tokens, np.float32)
+             for p, t in zip(prompts, heat)]
     model.eval()
     try:
-        for n, (i, answer) in enumerate(_finish(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, todo.values(), log), 1):
+        for n, (i, answer) in enumerate(_finish(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size,
+                                                todo.values(), log), 1):
             done[keys[i]] = answer; made += answer.n_tokens
             if rows is not None: rows.add(keys[i], asdict(answer))
-            if time.time() - shown > 10 or n == len(todo): shown = time.time(); log(_progress(len(done), len(set(keys)), n, made, shown - start))
+            if time.time() - shown > 10 or n == len(todo):
+                shown = time.time()
+                log(_progress(len(done), len(set(keys)), n, made, shown - start))
     finally: model.train(training)
     return [done[k] for k in keys]

@@ -26,7 +26,7 @@ class Question:
     "What a judge is asked."
     messages: tuple            # of (role, text); role: system, user or assistant
     choices: tuple[str, ...] = () # the possible answers; (): a free reply
-    lead: str = ""             # what a reply says before its choice ("Rating: [["): a local model goes on from there, an endpoint does not see it
+    lead: str = ""          # before a choice ("Rating: [["): a local model goes on from it, an endpoint does not see it
     max_tokens: int = 1        # of the reply
 
 @dataclass
@@ -40,7 +40,8 @@ class Judge(Protocol):
     "Whoever answers questions."
     name: str      # stands in every judgment
     official: bool # is it asked with the benchmarks' own prompts?
-    def __call__(self, questions: list[Question]) -> Iterator[tuple[int, Reply]]: ... # the number of a question, and its reply
+    def __call__(self, questions: list[Question]) -> Iterator[tuple[int, Reply]]: # a question's number, its reply
+        ...
 
 # %% ../nbs/03b_judge.ipynb #03b007
 class Scripted:
@@ -65,11 +66,19 @@ def ask(
         key = keys[todo[j]]
         if reply.error: failed[key] = reply
         else: rows.add(key, dict(judge=judge.name) | asdict(reply))
-        if time.time() - shown > 10: shown = time.time(); log(f"{done:,} of {len(todo):,} questions answered by {judge.name}")
-    if todo: log(f"{judge.name}: {len(todo) - len(failed):,} replies, {len(set(keys)) - len(todo):,} kept from before" + (f", {len(failed)} errors ({next(iter(failed.values())).error}): run again to ask those once more" if failed else ""))
-    return [failed[k] if k in failed else Reply(**{n: rows[k][n] for n in ("text", "logprobs", "error")}) for k in keys]
+        if time.time() - shown > 10:
+            shown = time.time()
+            log(f"{done:,} of {len(todo):,} questions answered by {judge.name}")
+    if todo:
+        log(f"{judge.name}: {len(todo) - len(failed):,} replies, {len(set(keys)) - len(todo):,} kept from before"
+            + (f", {len(failed)} errors ({next(iter(failed.values())).error}): run again to ask those once more"
+               if failed else ""))
+    return [failed[k] if k in failed else Reply(**{n: rows[k][n] for n in ("text", "logprobs", "error")})
+            for k in keys]
 
-def _key(judge, q): return hashlib.sha256(json.dumps([judge.name, q.messages, q.choices, q.lead, q.max_tokens], ensure_ascii=False).encode()).hexdigest()[:32]
+def _key(judge, q):
+    return hashlib.sha256(json.dumps([judge.name, q.messages, q.choices, q.lead, q.max_tokens],
+                                     ensure_ascii=False).encode()).hexdigest()[:32]
 
 # %% ../nbs/03b_judge.ipynb #03b013
 class JudgeError(DollyError):
@@ -81,27 +90,38 @@ def _read_reply(q, response, served): # an httpx.Response to a Reply; `served`: 
     if status == 429 or status >= 500: return Reply(error=f"HTTP {status}: {told!r}")
     if status != 200: return Reply(error=f"refused: HTTP {status}: {told!r}")
     choice = response.json()["choices"][0]
-    text, top = choice["message"]["content"] or "", ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs")
+    text = choice["message"]["content"] or ""
+    top = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs")
     if not isinstance(text, str): raise TypeError("the reply's content is not a text")
     text.encode()  # half a character would end the file
-    return Reply(text, {t["token"]: float(t["logprob"]) for t in top if t["token"] in q.choices} if top and q.choices else None)
+    if not top or not q.choices: return Reply(text)
+    return Reply(text, {t["token"]: float(t["logprob"]) for t in top if t["token"] in q.choices})
 
 # %% ../nbs/03b_judge.ipynb #i1111632
 def _try(judge, q): # a Reply; None once the judge is over
-    body = dict(model=judge.name, messages=[dict(role=r, content=t) for r, t in q.messages], temperature=0, max_tokens=q.max_tokens) | (dict(logprobs=True, top_logprobs=5) if q.choices else {})
+    body = dict(model=judge.name, messages=[dict(role=r, content=t) for r, t in q.messages], temperature=0,
+                max_tokens=q.max_tokens) | (dict(logprobs=True, top_logprobs=5) if q.choices else {})
     for n in range(judge.tries):
         if judge.over.is_set(): return None
         after = ""
         try:
             response = judge.client.post(f"{judge.url}/chat/completions", json=body)
             after, reply = response.headers.get("retry-after", ""), _read_reply(q, response, judge.served)
-        except (httpx.HTTPError, httpx.InvalidURL, RecursionError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e: reply = Reply(error=f"{type(e).__name__}: {e}"[:200])
+        except (httpx.HTTPError, httpx.InvalidURL, RecursionError, ValueError, KeyError, IndexError, TypeError,
+                AttributeError) as e:
+            reply = Reply(error=f"{type(e).__name__}: {e}"[:200])
         if not reply.error: judge.lost, judge.served = 0, True
-        if reply.error.startswith("fatal"): judge.stop(f"{judge.url} says {response.status_code} for model {judge.name}: {response.text[:120]!r}: check OPENAI_BASE_URL, OPENAI_API_KEY and the model's name")
+        if reply.error.startswith("fatal"):
+            judge.stop(f"{judge.url} says {response.status_code} for model {judge.name}: {response.text[:120]!r}: "
+                       f"check OPENAI_BASE_URL, OPENAI_API_KEY and the model's name")
         if not reply.error or reply.error.startswith(("refused", "fatal")): return reply
-        if n + 1 < judge.tries: judge.over.wait(min(60.0, float(after) if after.isdigit() else judge.wait * 2**n * (0.5 + random.random())))
+        if n + 1 < judge.tries:
+            judge.over.wait(min(60.0, float(after) if after.isdigit()
+                                else judge.wait * 2**n * (0.5 + random.random())))
     judge.lost += 1
-    if judge.lost > judge.workers: judge.stop(f"{judge.url} does not answer ({reply.error}): what was judged is kept; look at the server and run again")
+    if judge.lost > judge.workers:
+        judge.stop(f"{judge.url} does not answer ({reply.error}): what was judged is kept; "
+                   f"look at the server and run again")
     return reply
 
 # %% ../nbs/03b_judge.ipynb #i3194549
@@ -115,15 +135,20 @@ class EndpointJudge:
         wait: float = 1.0,    # seconds before the second try; doubles
     ):
         self.name, self.official, self.workers, self.tries, self.wait = model, True, workers, tries, wait
-        self.url, key = (os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").rstrip("/"), os.environ.get("OPENAI_API_KEY", "")
-        if not key and "api.openai.com" in self.url: raise JudgeError(f"judge {model}: OPENAI_API_KEY is not set: set it, or OPENAI_BASE_URL to a server of your own, or take judge=local")
+        self.url = (os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").rstrip("/")
+        key = os.environ.get("OPENAI_API_KEY", "")
+        if not key and "api.openai.com" in self.url:
+            raise JudgeError(f"judge {model}: OPENAI_API_KEY is not set: set it, "
+                             f"or OPENAI_BASE_URL to a server of your own, or take judge=local")
         if not key.isascii(): raise JudgeError("OPENAI_API_KEY has characters that no key has: copy it again")
-        self.client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {}, limits=httpx.Limits(max_connections=workers))
+        self.client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {},
+                                   limits=httpx.Limits(max_connections=workers))
 
     def stop(self, problem: str): self.problem = problem; self.over.set() # ask no more
 
     def __call__(self, questions):
-        self.over, self.problem, self.served, self.lost, pool = threading.Event(), "", False, 0, ThreadPoolExecutor(self.workers)
+        self.over, self.problem, self.served, self.lost = threading.Event(), "", False, 0
+        pool = ThreadPoolExecutor(self.workers)
         numbers = {pool.submit(_try, self, q): i for i, q in enumerate(questions)}
         try: yield from ((numbers[f], f.result()) for f in as_completed(numbers) if f.result())
         finally: self.over.set(); pool.shutdown(wait=False, cancel_futures=True)
@@ -145,7 +170,8 @@ def _choice_logprobs(prompt, choices, ids, at): # `at`: log-probabilities of the
     out = {}
     for choice, c in zip(choices, ids):
         out[choice] = sum(float(at[prompt + c[:k]][t]) for k, t in enumerate(c))
-        rest = sum(float(at[prompt + c][d[len(c)]].exp()) for d in ids if len(d) == len(c) + 1 and d[:len(c)] == c)   # "1" that goes on to "10" is not a 1
+        # "1" that goes on to "10" is not a 1
+        rest = sum(float(at[prompt + c][d[len(c)]].exp()) for d in ids if len(d) == len(c) + 1 and d[:len(c)] == c)
         if rest: out[choice] += float(torch.log(torch.tensor(max(1e-12, 1 - rest))))
     return out
 
@@ -156,16 +182,23 @@ class LocalJudge:
         model, tokenizer,    # a PeftModel judges without its adapters
         name: str,           # of the model
         tokens: int = 16384, # in a forward pass
-    ): self.model, self.tokenizer, self.name, self.official, self.tokens = model, tokenizer, f"local {name}", False, tokens
+    ):
+        self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
+        self.name, self.official = f"local {name}", False
 
     def __call__(self, questions):
         limit = getattr(self.model.config, "max_position_embeddings", 10**9)
         for start in range(0, len(questions), 64):
-            group = {start + n: (_prompt_ids(self.tokenizer, q), q, _choice_ids(self.tokenizer, q)) for n, q in enumerate(questions[start:start + 64])}
+            group = {start + n: (_prompt_ids(self.tokenizer, q), q, _choice_ids(self.tokenizer, q))
+                     for n, q in enumerate(questions[start:start + 64])}
             long = {i for i, (p, _, _) in group.items() if len(p) + 8 > limit}
             with getattr(self.model, "disable_adapter", contextlib.nullcontext)():
-                at = _after(_base(self.model), {p + c[:k] for i, (p, _, cs) in group.items() if i not in long for c in cs for k in range(len(c))}, self.tokens)
-            for i, (p, q, cs) in group.items(): yield i, Reply(error=f"{len(p):,} tokens, and {self.name} reads {limit:,}") if i in long else Reply(logprobs=_choice_logprobs(p, q.choices, cs, at))
+                heads = {p + c[:k] for i, (p, _, cs) in group.items() if i not in long
+                         for c in cs for k in range(len(c))}
+                at = _after(_base(self.model), heads, self.tokens)
+            for i, (p, q, cs) in group.items():
+                yield (i, Reply(error=f"{len(p):,} tokens, and {self.name} reads {limit:,}") if i in long
+                       else Reply(logprobs=_choice_logprobs(p, q.choices, cs, at)))
 
 @torch.inference_mode()
 def _after(base, contexts, tokens): # log-probabilities of the token after each context, on the CPU
@@ -173,8 +206,11 @@ def _after(base, contexts, tokens): # log-probabilities of the token after each 
     while order:
         n = next((n for n in range(len(order), 1, -1) if n * len(order[n - 1]) <= tokens), 1)
         chunk, order = order[:n], order[n:]
-        ids, place = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for c in chunk], batch_first=True).to(base.device), (range(n), [len(c) - 1 for c in chunk])  # a causal model does not see what comes after
-        if is_llama(base): logits = base.lm_head(base.model(input_ids=ids, use_cache=False).last_hidden_state[place])  # not the whole [rows, tokens, vocabulary]
+        # a causal model does not see what comes after
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for c in chunk], batch_first=True).to(base.device)
+        place = (range(n), [len(c) - 1 for c in chunk])
+        # not the whole [rows, tokens, vocabulary]
+        if is_llama(base): logits = base.lm_head(base.model(input_ids=ids, use_cache=False).last_hidden_state[place])
         else: logits = base(input_ids=ids, use_cache=False).logits[place]
         at |= dict(zip(chunk, logits.float().log_softmax(-1).cpu()))
     return at
@@ -201,17 +237,20 @@ def make_judge(
     return LocalJudge(model, tokenizer, recipe.base)
 
 # %% ../nbs/03b_judge.ipynb #i2252458
-PRICES = {"gpt-4-1106-preview": (10, 30), "gpt-4-turbo": (10, 30), "gpt-4": (30, 60), "gpt-4o": (2.5, 10), "gpt-4o-mini": (0.15, 0.6)} # US$ a million tokens, asked and answered; list prices of 2025
+# US$ a million tokens, asked and answered; list prices of 2025
+PRICES = {"gpt-4-1106-preview": (10, 30), "gpt-4-turbo": (10, 30), "gpt-4": (30, 60), "gpt-4o": (2.5, 10),
+          "gpt-4o-mini": (0.15, 0.6)}
 
 def estimate(
     judge: Judge,
     questions: list[Question],
     path: Path,           # where `ask` would keep the replies
-) -> dict: # calls (still to be made), tokens (asked, about), usd (about; None where no price is known; 0 for a local judge)
+) -> dict: # calls (still to be made), tokens (asked, about), usd (about; None: no price known; 0 for a local judge)
     "What `ask` would cost, without asking: four characters count as a token, a free reply as 250 tokens."
     rows = Rows(path)
     todo = list({k: q for q in questions if (k := _key(judge, q)) not in rows}.values())
-    asked, told = sum(len(t) for q in todo for _, t in q.messages) // 4, sum(1 if q.choices and q.max_tokens == 1 else 250 for q in todo)
+    asked = sum(len(t) for q in todo for _, t in q.messages) // 4
+    told = sum(1 if q.choices and q.max_tokens == 1 else 250 for q in todo)
     price = PRICES.get(judge.name) if judge.official else (0, 0)
     return dict(calls=len(todo), tokens=asked, usd=(asked * price[0] + told * price[1]) / 1e6 if price else None)
 
@@ -221,11 +260,15 @@ def fetch(
     sha256: str, # of the file, 64 hexadecimal digits
 ) -> Path: # in the user's cache; `DollyError` if it cannot be had, or is not the one
     "A pinned file, downloaded once."
-    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dolly_lora" / f"{sha256[:16]}-{url.rsplit('/', 1)[1]}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dolly_lora"
+    path = cache / f"{sha256[:16]}-{url.rsplit('/', 1)[1]}"
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256: return path
     try: data = httpx.get(url, follow_redirects=True, timeout=60).raise_for_status().content
-    except httpx.HTTPError as e: raise DollyError(f"cannot get {url} ({type(e).__name__}): go online, or give the path of a copy") from None
-    if (got := hashlib.sha256(data).hexdigest()) != sha256: raise DollyError(f"{url} is not the file that was pinned (SHA-256 {got[:16]}…, wanted {sha256[:16]}…): give the path of a copy that you trust")
+    except httpx.HTTPError as e:
+        raise DollyError(f"cannot get {url} ({type(e).__name__}): go online, or give the path of a copy") from None
+    if (got := hashlib.sha256(data).hexdigest()) != sha256:
+        raise DollyError(f"{url} is not the file that was pinned (SHA-256 {got[:16]}…, wanted {sha256[:16]}…): "
+                         f"give the path of a copy that you trust")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}"); part.write_bytes(data); part.replace(path)
     return path

@@ -16,7 +16,8 @@ __all__ = ['KINDS', 'PLAIN', 'TRITON', 'plot_ablation', 'rms_norm', 'rms_norm_ba
            'swiglu_backward', 'Dropout', 'lora_down', 'lora_up_', 'lora_grad_', 'cross_entropy_', 'operations']
 
 # %% ../nbs/02b_kernels.ipynb #02b006
-KINDS = {"matrix products": "#4477aa", "attention": "#66ccee", "LoRA": "#228833", "NF4 to bf16": "#ccbb44", "element-wise and the rest": "#ee6677", "optimizer": "#aa3377", "waiting": "#dddddd"}
+KINDS = {"matrix products": "#4477aa", "attention": "#66ccee", "LoRA": "#228833", "NF4 to bf16": "#ccbb44",
+         "element-wise and the rest": "#ee6677", "optimizer": "#aa3377", "waiting": "#dddddd"}
 
 def plot_ablation(
     rows: list[dict], # from `bench`: name, s_per_step, gpu_s by kind, floor_s
@@ -25,11 +26,14 @@ def plot_ablation(
     import matplotlib.pyplot as plt
     best = min(r["s_per_step"] for r in rows)
     near = [r for r in rows if r["s_per_step"] < 5 * best]  # beside the slow ones these would be slivers
-    fig, axes = plt.subplots(1, 1 + (len(near) < len(rows)), figsize=(9, 1.5 + 0.34 * len(rows)), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, 1 + (len(near) < len(rows)), figsize=(9, 1.5 + 0.34 * len(rows)), squeeze=False,
+                             layout="constrained")
     for ax, shown in zip(axes[0], (rows, near)): _bars(ax, shown)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), frameon=False, fontsize=8, columnspacing=1, handlelength=1)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), frameon=False,
+               fontsize=8, columnspacing=1, handlelength=1)
     if len(near) < len(rows): axes[0, 1].set_title("the fast ones, enlarged", fontsize=10)
-    fig.suptitle(f"A step of {rows[0].get('batch_size', 16)} examples: {rows[0]['model']}, {rows[0]['device']}", fontsize=11)
+    fig.suptitle(f"A step of {rows[0].get('batch_size', 16)} examples: {rows[0]['model']}, {rows[0]['device']}",
+                 fontsize=11)
     return fig
 
 def _bars(ax, rows):
@@ -39,7 +43,8 @@ def _bars(ax, rows):
         if kind == "waiting": width = [max(0.0, r["s_per_step"] - l) for r, l in zip(rows, left)]
         ax.barh(names, width, left=left, color=color, label=kind)
         left = [l + w for l, w in zip(left, width)]
-    for i, r in enumerate(rows): ax.text(max(left[i], r["s_per_step"]), i, f" {r['s_per_step']:.3f} s", va="center", fontsize=9)
+    for i, r in enumerate(rows):
+        ax.text(max(left[i], r["s_per_step"]), i, f" {r['s_per_step']:.3f} s", va="center", fontsize=9)
     ax.axvline(rows[0]["floor_s"], color="black", lw=1, ls="--"); ax.invert_yaxis(); ax.margins(x=0.18)
     ax.set(xlabel="seconds (dashed: the arithmetic alone)"); ax.spines[["top", "right"]].set_visible(False)
 
@@ -88,12 +93,14 @@ def _rms_norm_backward(g, x, w, scale, residual, out, K, BK: tl.constexpr):
 # %% ../nbs/02b_kernels.ipynb #02b018
 def _rms_norm_triton(x, w, eps):
     y, scale = torch.empty_like(x), torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
-    _rms_norm[(len(x),)](x, w, y, scale, eps, x.shape[1], BK=_pow2(x.shape[1]), num_warps=8 if x.shape[1] > 2048 else 4)
+    _rms_norm[(len(x),)](x, w, y, scale, eps, x.shape[1], BK=_pow2(x.shape[1]),
+                         num_warps=8 if x.shape[1] > 2048 else 4)
     return y, scale
 
 def _rms_norm_backward_triton(g, x, w, scale, residual):
     out = torch.empty_like(x)
-    _rms_norm_backward[(len(x),)](g, x, w, scale, residual, out, x.shape[1], BK=_pow2(x.shape[1]), num_warps=8 if x.shape[1] > 2048 else 4)
+    _rms_norm_backward[(len(x),)](g, x, w, scale, residual, out, x.shape[1], BK=_pow2(x.shape[1]),
+                                  num_warps=8 if x.shape[1] > 2048 else 4)
     return out
 
 # %% ../nbs/02b_kernels.ipynb #02b021
@@ -122,7 +129,10 @@ def rotate_backward(
 # %% ../nbs/02b_kernels.ipynb #02b023
 @_jit
 def _rotate(src, dst, cos, sin, stride_src, stride_dst, heads, sign, D, BD: tl.constexpr, BH: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64); h = tl.program_id(1) * BH + tl.arange(0, BH)[:, None]; d = tl.arange(0, BD)[None, :]; ok = (h < heads) & (d < D)
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)[:, None]
+    d = tl.arange(0, BD)[None, :]
+    ok = (h < heads) & (d < D)
     c, s = tl.load(cos + t * D + d, d < D, 0), tl.load(sin + t * D + d, d < D, 0) * sign
     i, o = src + t * stride_src + h * 2 * D + d, dst + t * stride_dst + h * 2 * D + d
     a, b = tl.load(i, ok, 0).to(tl.float32), tl.load(i + D, ok, 0).to(tl.float32)
@@ -130,7 +140,8 @@ def _rotate(src, dst, cos, sin, stride_src, stride_dst, heads, sign, D, BD: tl.c
 
 # %% ../nbs/02b_kernels.ipynb #02b024
 def _rotate_into(src, dst, cos, sin, heads, sign):
-    _rotate[(len(src), _cdiv(heads, 8))](src, dst, cos, sin, src.stride(0), dst.stride(0), heads, sign, cos.shape[1], BD=_pow2(cos.shape[1]), BH=8)
+    _rotate[(len(src), _cdiv(heads, 8))](src, dst, cos, sin, src.stride(0), dst.stride(0), heads, sign, cos.shape[1],
+                                         BD=_pow2(cos.shape[1]), BH=8)
 
 def _rotate_triton(qkv, cos, sin, heads): _rotate_into(qkv, qkv, cos, sin, heads, 1.0)
 
@@ -138,7 +149,9 @@ def _rotate_backward_triton(dq, dk, dv, cos, sin):
     q, k, v = (t.flatten(1) for t in (dq, dk, dv))
     out = torch.empty(len(q), q.shape[1] + 2 * k.shape[1], dtype=q.dtype, device=q.device)
     parts = out.split([q.shape[1], k.shape[1], k.shape[1]], 1)
-    _rotate_into(q, parts[0], cos, sin, dq.shape[1], -1.0); _rotate_into(k, parts[1], cos, sin, dk.shape[1], -1.0); parts[2].copy_(v)
+    _rotate_into(q, parts[0], cos, sin, dq.shape[1], -1.0)
+    _rotate_into(k, parts[1], cos, sin, dk.shape[1], -1.0)
+    parts[2].copy_(v)
     return out
 
 # %% ../nbs/02b_kernels.ipynb #02b027
@@ -162,15 +175,18 @@ def swiglu_backward(
 @_jit
 def _swiglu(gu, out, F, BF: tl.constexpr):
     t = tl.program_id(0).to(tl.int64); f = tl.program_id(1) * BF + tl.arange(0, BF); ok = f < F
-    gate, up = tl.load(gu + t * 2 * F + f, ok, 0).to(tl.float32), tl.load(gu + t * 2 * F + F + f, ok, 0).to(tl.float32)
+    gate = tl.load(gu + t * 2 * F + f, ok, 0).to(tl.float32)
+    up = tl.load(gu + t * 2 * F + F + f, ok, 0).to(tl.float32)
     tl.store(out + t * F + f, gate * tl.sigmoid(gate) * up, ok)
 
 @_jit
 def _swiglu_backward(g, gu, out, F, BF: tl.constexpr):
     t = tl.program_id(0).to(tl.int64); f = tl.program_id(1) * BF + tl.arange(0, BF); ok = f < F
-    gate, up = tl.load(gu + t * 2 * F + f, ok, 0).to(tl.float32), tl.load(gu + t * 2 * F + F + f, ok, 0).to(tl.float32)
+    gate = tl.load(gu + t * 2 * F + f, ok, 0).to(tl.float32)
+    up = tl.load(gu + t * 2 * F + F + f, ok, 0).to(tl.float32)
     d, s = tl.load(g + t * F + f, ok, 0).to(tl.float32), tl.sigmoid(gate)
-    tl.store(out + t * 2 * F + f, d * up * s * (1 + gate * (1 - s)), ok); tl.store(out + t * 2 * F + F + f, d * gate * s, ok)
+    tl.store(out + t * 2 * F + f, d * up * s * (1 + gate * (1 - s)), ok)
+    tl.store(out + t * 2 * F + F + f, d * gate * s, ok)
 
 def _swiglu_triton(gu):
     N, F = len(gu), gu.shape[1] // 2
@@ -195,11 +211,15 @@ class Dropout:
     ): self.seed, self.place, self.linears, self.p, self.row, self.masks = seed, place, linears, p, row, {}
 
     def _draw(self, n, start, i, x): # an example's mask, from its first token's number
-        random = torch.Generator(x.device).manual_seed(zlib.crc32(f"{int(self.seed)} {start} {self.place + i}".encode()))  # a CPU's generator takes 32 bits
+        # a CPU's generator takes 32 bits
+        random = torch.Generator(x.device).manual_seed(
+            zlib.crc32(f"{int(self.seed)} {start} {self.place + i}".encode()))
         return torch.empty(n, x.shape[1], dtype=torch.bool, device=x.device).bernoulli_(1 - self.p, generator=random)
 
     def __call__(self, x, i): # x [tokens, in] for linear i: dropped, and the rest divided by 1 - p
-        if i not in self.masks: self.masks[i] = torch.cat([self._draw(n, start, i, x) for n, start in zip(self.row.lengths, self.row.starts)])
+        if i not in self.masks:
+            self.masks[i] = torch.cat([self._draw(n, start, i, x)
+                                       for n, start in zip(self.row.lengths, self.row.starts)])
         return torch.where(self.masks[i], x, 0) / (1 - self.p)
 
 # %% ../nbs/02b_kernels.ipynb #02b034
@@ -241,7 +261,8 @@ def lora_grad_(
     if sizes:
         for part, a, b in zip(out.split(sizes, 1), h.chunk(len(sizes), 1), x.split(sizes, 1)): part += a.t() @ b
     elif drop:
-        for i, (part, a) in enumerate(zip(out.chunk(drop.linears), h.chunk(drop.linears, 1))): part += a.t() @ drop(x, i)
+        for i, (part, a) in enumerate(zip(out.chunk(drop.linears), h.chunk(drop.linears, 1))):
+            part += a.t() @ drop(x, i)
     else: out += h.t() @ x
 
 # %% ../nbs/02b_kernels.ipynb #02b038
@@ -263,7 +284,8 @@ def _kept(i, a, b, threshold):
 
 # %% ../nbs/02b_kernels.ipynb #02b039
 @_jit
-def _down(x, m, h, seed, numbers, place, threshold, factor, N, K, e1, e2, sx, sg, s0, s1, R, G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
+def _down(x, m, h, seed, numbers, place, threshold, factor, N, K, e1, e2, sx, sg, s0, s1, R, G: tl.constexpr,
+          PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
     g = tl.program_id(1)
     lo, hi = 0, K
     if PART:
@@ -282,7 +304,8 @@ def _down(x, m, h, seed, numbers, place, threshold, factor, N, K, e1, e2, sx, sg
 
 # %% ../nbs/02b_kernels.ipynb #02b040
 @_jit
-def _up(y, h, m, seed, numbers, place, threshold, factor, N, C, e1, e2, sy, sg, s0, s1, R, G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
+def _up(y, h, m, seed, numbers, place, threshold, factor, N, C, e1, e2, sy, sg, s0, s1, R, G: tl.constexpr,
+        PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
     t, c0, r = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BC, tl.arange(0, BR)
     c = c0 + tl.arange(0, BC)
     t64, inside = t.to(tl.int64), (t < N)[:, None] & (c < C)[None, :]
@@ -296,14 +319,16 @@ def _up(y, h, m, seed, numbers, place, threshold, factor, N, C, e1, e2, sy, sg, 
         d = tl.dot(u, w, input_precision="ieee")
         if DROP:
             a, b = _keys(seed, place + g)
-            d = tl.where(_kept(tl.load(numbers + t, t < N, 0).to(tl.uint32)[:, None] * C + c[None, :], a, b, threshold), d, 0.0)
+            number = tl.load(numbers + t, t < N, 0).to(tl.uint32)[:, None] * C + c[None, :]
+            d = tl.where(_kept(number, a, b, threshold), d, 0.0)
         acc += d
     p = y + t64[:, None] * sy + c[None, :]
     tl.store(p, tl.load(p, inside, 0).to(tl.float32) + acc * factor, inside)
 
 # %% ../nbs/02b_kernels.ipynb #02b042
 @_jit
-def _outer(part, h, x, seed, numbers, place, threshold, factor, N, C, e1, e2, sx, rows, R, G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
+def _outer(part, h, x, seed, numbers, place, threshold, factor, N, C, e1, e2, sx, rows, R, G: tl.constexpr,
+           PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
     c0, split, g = tl.program_id(0) * BC, tl.program_id(1), tl.program_id(2)
     o = g
     if PART:
@@ -315,15 +340,24 @@ def _outer(part, h, x, seed, numbers, place, threshold, factor, N, C, e1, e2, sx
         t = t0 + tl.arange(0, BT); t64 = t.to(tl.int64)
         u = tl.load(h + t64[None, :] * (G * R) + g * R + r[:, None], (t < N)[None, :] & (r < R)[:, None], 0)
         v = tl.load(x + t64[:, None] * sx + c[None, :], (t < N)[:, None] & (c < C)[None, :], 0)
-        if DROP: v = tl.where(_kept(tl.load(numbers + t, t < N, 0).to(tl.uint32)[:, None] * C + c[None, :], a, b, threshold), v, 0.0)
+        if DROP:
+            number = tl.load(numbers + t, t < N, 0).to(tl.uint32)[:, None] * C + c[None, :]
+            v = tl.where(_kept(number, a, b, threshold), v, 0.0)
         acc = tl.dot(u, v, acc, input_precision="ieee")
-    tl.store(part + ((split * tl.num_programs(2) + o) * R + r[:, None]) * C + c[None, :], acc * factor, (r < R)[:, None] & (c < C)[None, :])
+    tl.store(part + ((split * tl.num_programs(2) + o) * R + r[:, None]) * C + c[None, :], acc * factor,
+             (r < R)[:, None] & (c < C)[None, :])
 
 @_jit
 def _accumulate(out, part, C, n, S, s0, s1, BC: tl.constexpr, T: tl.constexpr, BR: tl.constexpr):
     c = tl.program_id(0) * BC + tl.arange(0, BC); r = tl.program_id(1) * BR + tl.arange(0, BR)
-    if T: ok = (r < n)[None, :] & (c < C)[:, None]; where = r[None, :] * C + c[:, None]; to = out + r[None, :] * s0 + c[:, None] * s1
-    else: ok = (r < n)[:, None] & (c < C)[None, :]; where = r[:, None] * C + c[None, :]; to = out + r[:, None] * s0 + c[None, :] * s1
+    if T:
+        ok = (r < n)[None, :] & (c < C)[:, None]
+        where = r[None, :] * C + c[:, None]
+        to = out + r[None, :] * s0 + c[:, None] * s1
+    else:
+        ok = (r < n)[:, None] & (c < C)[None, :]
+        where = r[:, None] * C + c[None, :]
+        to = out + r[:, None] * s0 + c[None, :] * s1
     acc = tl.load(to, ok, 0)
     for s in range(S): acc += tl.load(part + s * n * C + where, ok, 0)
     tl.store(to, acc, ok)
@@ -332,7 +366,8 @@ def _accumulate(out, part, C, n, S, s0, s1, BC: tl.constexpr, T: tl.constexpr, B
 def _where(x, drop, sizes): # the arguments that say which linear reads what
     ends = [sum(sizes[:1]), sum(sizes[:2])] if sizes else [0, 0]
     key = (drop.seed, drop.row.numbers, drop.place, min(2**32 - 1, round(drop.p * 2**32))) if drop else (x, x, 0, 0)
-    return len(sizes) if sizes else drop.linears if drop else 1, key, 1 / (1 - drop.p) if drop else 1.0, ends, dict(PART=bool(sizes), DROP=drop is not None)
+    return (len(sizes) if sizes else drop.linears if drop else 1, key, 1 / (1 - drop.p) if drop else 1.0, ends,
+            dict(PART=bool(sizes), DROP=drop is not None))
 
 def _block(sizes, most): # the largest block that ends where the linears end
     return next(b for b in (most, 64, 32, 16) if b <= most and not any(s % b for s in sizes or [0]))
@@ -342,14 +377,16 @@ def _lora_down_triton(x, M, scale, drop=None, sizes=None):
     (N, K), (G, key, factor, ends, how) = x.shape, _where(x, drop, sizes)
     R = M.shape[0] if sizes else M.shape[0] // G
     h = torch.empty(N, G * R, dtype=x.dtype, device=x.device)
-    _down[(_cdiv(N, 16), G)](x, M, h, *key, scale * factor, N, K, *ends, x.stride(0), 0 if sizes else R * M.stride(0), *M.stride(), R,
+    next_ = 0 if sizes else R * M.stride(0)  # from one matrix of a group to the next
+    _down[(_cdiv(N, 16), G)](x, M, h, *key, scale * factor, N, K, *ends, x.stride(0), next_, *M.stride(), R,
                              G=G, **how, BT=16, BK=128, BR=max(16, _pow2(R)), num_warps=4, num_stages=3)
     return h
 
 def _lora_up_triton(y, h, M, drop=None, sizes=None):
     (N, C), (G, key, factor, ends, how) = y.shape, _where(y, drop, sizes)
     R, BC = M.shape[0] if sizes else M.shape[0] // G, _block(sizes, 128)
-    _up[(_cdiv(N, 64), _cdiv(C, BC))](y, h, M, *key, factor, N, C, *ends, y.stride(0), 0 if sizes else R * M.stride(0), *M.stride(), R,
+    next_ = 0 if sizes else R * M.stride(0)  # from one matrix of a group to the next
+    _up[(_cdiv(N, 64), _cdiv(C, BC))](y, h, M, *key, factor, N, C, *ends, y.stride(0), next_, *M.stride(), R,
                                       G=G, **how, BT=64, BC=BC, BR=max(16, _pow2(R)), num_warps=4)
 
 def _lora_grad_triton(out, h, x, drop=None, sizes=None):
@@ -357,8 +394,10 @@ def _lora_grad_triton(out, h, x, drop=None, sizes=None):
     R, BC, L = h.shape[1] // G, _block(sizes, 64), 1 if sizes else G
     S = max(1, min(16, 1024 // (_cdiv(C, BC) * L), _cdiv(N, 128)))
     part = torch.empty(S, L * R, C, dtype=torch.float32, device=x.device)
-    _outer[(_cdiv(C, BC), S, L)](part, h, x, *key, factor, N, C, *ends, x.stride(0), _cdiv(_cdiv(N, S), 32) * 32, R, G=G, **how, BT=32, BC=BC, BR=max(16, _pow2(R)), num_warps=4, num_stages=3)
-    _accumulate[(_cdiv(C, 64), _cdiv(L * R, 16))](out, part, C, L * R, S, *out.stride(), BC=64, BR=16, T=out.stride(0) < out.stride(1))
+    _outer[(_cdiv(C, BC), S, L)](part, h, x, *key, factor, N, C, *ends, x.stride(0), _cdiv(_cdiv(N, S), 32) * 32, R,
+                                 G=G, **how, BT=32, BC=BC, BR=max(16, _pow2(R)), num_warps=4, num_stages=3)
+    _accumulate[(_cdiv(C, 64), _cdiv(L * R, 16))](out, part, C, L * R, S, *out.stride(), BC=64, BR=16,
+        T=out.stride(0) < out.stride(1))
 
 # %% ../nbs/02b_kernels.ipynb #02b049
 def cross_entropy_(
@@ -370,7 +409,8 @@ def cross_entropy_(
     "The loss, and its gradient in place."
     p, known, target = logits.float().log_softmax(-1), targets != -100, targets.clamp(min=0)[:, None]
     loss = -p.gather(1, target)[:, 0][known].sum() / items
-    if gradient: logits.copy_(p.exp_().scatter_add_(1, target, torch.full_like(p[:, :1], -1.0)) * (known[:, None] / items))
+    if gradient:
+        logits.copy_(p.exp_().scatter_add_(1, target, torch.full_like(p[:, :1], -1.0)) * (known[:, None] / items))
     return loss
 
 # %% ../nbs/02b_kernels.ipynb #02b051
@@ -392,14 +432,18 @@ def _cross_entropy(logits, targets, items, loss, V, GRAD: tl.constexpr, BV: tl.c
 
 def _cross_entropy_triton(logits, targets, items, gradient):
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    _cross_entropy[(len(logits),)](logits, targets, items, loss, logits.shape[1], GRAD=gradient, BV=min(4096, _pow2(logits.shape[1])), num_warps=8)
+    _cross_entropy[(len(logits),)](logits, targets, items, loss, logits.shape[1], GRAD=gradient,
+                                   BV=min(4096, _pow2(logits.shape[1])), num_warps=8)
     return loss.sum()
 
 # %% ../nbs/02b_kernels.ipynb #02b054
-PLAIN = SimpleNamespace(name="PyTorch", rms_norm=rms_norm, rms_norm_backward=rms_norm_backward, rotate_=rotate_, rotate_backward=rotate_backward, swiglu=swiglu, swiglu_backward=swiglu_backward,
+PLAIN = SimpleNamespace(name="PyTorch", rms_norm=rms_norm, rms_norm_backward=rms_norm_backward, rotate_=rotate_,
+                        rotate_backward=rotate_backward, swiglu=swiglu, swiglu_backward=swiglu_backward,
                         lora_down=lora_down, lora_up_=lora_up_, lora_grad_=lora_grad_, cross_entropy_=cross_entropy_)
-TRITON = SimpleNamespace(name="Triton", rms_norm=_rms_norm_triton, rms_norm_backward=_rms_norm_backward_triton, rotate_=_rotate_triton, rotate_backward=_rotate_backward_triton, swiglu=_swiglu_triton,
-                         swiglu_backward=_swiglu_backward_triton, lora_down=_lora_down_triton, lora_up_=_lora_up_triton, lora_grad_=_lora_grad_triton, cross_entropy_=_cross_entropy_triton)
+TRITON = SimpleNamespace(name="Triton", rms_norm=_rms_norm_triton, rms_norm_backward=_rms_norm_backward_triton,
+                         rotate_=_rotate_triton, rotate_backward=_rotate_backward_triton, swiglu=_swiglu_triton,
+                         swiglu_backward=_swiglu_backward_triton, lora_down=_lora_down_triton,
+                         lora_up_=_lora_up_triton, lora_grad_=_lora_grad_triton, cross_entropy_=_cross_entropy_triton)
 
 def operations(
     device: torch.device, # of the model

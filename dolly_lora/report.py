@@ -17,25 +17,34 @@ __all__ = ['MODELS', 'REFERENCES', 'STYLE', 'collect', 'section_summary', 'secti
 # %% ../nbs/05_report.ipynb #67db016e
 def collect(
     run_dir: Path, # of a finished run; `DollyError` names the file that is missing
-) -> dict: # recipe, environment, data, tokens, training, evaluation, before_after, stages, bench (rows of `dolly-lora bench --json`, if RUN_DIR/bench.jsonl is there)
+) -> dict: # recipe, environment, data, tokens, training, evaluation, before_after, stages, bench (RUN_DIR/bench.jsonl)
     "Everything the report says, from the run's files."
     run_dir, run = Path(run_dir), read_json(Path(run_dir) / "recipe.json")
     history = read_json(run_dir / "training_history.json")
     stages = read_json(run_dir / "stages.json") if (run_dir / "stages.json").exists() else {}
-    bench = [json.loads(line) for line in (run_dir / "bench.jsonl").read_text(encoding="utf-8").splitlines()] if (run_dir / "bench.jsonl").exists() else []
-    return dict(recipe=run["recipe"], environment=history["environment"], data=read_json(run_dir / "data" / "statistics.json"), tokens=read_json(run_dir / "data" / "tokens.json"),
-                training={k: history[k] for k in ("summary", "validation", "log")}, evaluation=read_json(run_dir / "metrics.json"),
+    bench = ([json.loads(line) for line in (run_dir / "bench.jsonl").read_text(encoding="utf-8").splitlines()]
+             if (run_dir / "bench.jsonl").exists() else [])
+    return dict(recipe=run["recipe"], environment=history["environment"], data=read_json(run_dir / "data"
+        / "statistics.json"), tokens=read_json(run_dir / "data" / "tokens.json"), training={k: history[k]
+        for k in ("summary", "validation", "log")}, evaluation=read_json(run_dir / "metrics.json"),
                 before_after=read_json(run_dir / "before_after.json"), stages=stages, bench=bench)
 
 # %% ../nbs/05_report.ipynb #3e6d4ef1
-def _table(head, rows):
-    "A Markdown table; text is escaped, floats get four figures."
-    cell = lambda c: f"{c:,.4g}" if isinstance(c, float) else f"{c:,}" if isinstance(c, int) and not isinstance(c, bool) else escape(str(c)).replace("|", "&#124;").replace("\n", "<br>").replace("*", "&#42;").replace("_", "&#95;").replace("`", "&#96;").replace("[", "&#91;")
-    return "\n".join(["| " + " | ".join(map(str, head)) + " |", "|" + " --- |" * len(head), *("| " + " | ".join(map(cell, row)) + " |" for row in rows)])
+_ESCAPES = {"|": "&#124;", "\n": "<br>", "*": "&#42;", "_": "&#95;", "`": "&#96;", "[": "&#91;"}
+
+def _cell(value): # text is escaped, floats get four figures
+    if isinstance(value, float): return f"{value:,.4g}"
+    if isinstance(value, int) and not isinstance(value, bool): return f"{value:,}"
+    return "".join(_ESCAPES.get(c, c) for c in escape(str(value)))
+
+def _table(head, rows): # in Markdown
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    return "\n".join([line(map(str, head)), "|" + " --- |" * len(head), *(line(map(_cell, row)) for row in rows)])
 
 def _figure(name, caption): return f"\n\n![{caption}](figures/{name}.svg)\n\n*{caption}*\n"
 
-MODELS = {"smollm2": "SmolLM2-135M-Instruct", "tiny": "a random two-layer Llama", "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B", "random-7b": "LLaMA-2-7B's shape, random weights"}
+MODELS = {"smollm2": "SmolLM2-135M-Instruct", "tiny": "a random two-layer Llama",
+          "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B", "random-7b": "LLaMA-2-7B's shape, random weights"}
 def _method(r): return "QLoRA" if r["recipe"]["load_in_4bit"] and r["environment"]["gpu"] else "LoRA"
 def _source(r): return "the embedded sample" if r["data"]["source"] == "sample" else r["data"]["source"]
 def _model(r): return MODELS.get(r["recipe"]["base"], r["recipe"]["base"])
@@ -46,180 +55,324 @@ def section_summary(r: dict) -> str: # `r` from `collect`; Markdown
     s, e, d = r["training"]["summary"], r["evaluation"], r["evaluation"]["difference"]
     verdict = "better" if d["high"] < 0 else "worse" if d["low"] > 0 else "not measurably different"
     stand_in = "" if "Llama-2" in r["recipe"]["base"] else (
-        f"\n\n> **The base model of this run is {_model(r)}, not LLaMA-2-7B.** LLaMA-2's weights are gated; this is a small model of the same architecture that can be had without an account, run through the same code. "
+        f"\n\n> **The base model of this run is {_model(r)}, not LLaMA-2-7B.** LLaMA-2's weights are gated; this "
+        f"is a small model of the same architecture that can be had without an account, run through the same code. "
         "Its quality is that of a small model. The `llama2` preset is the assignment.")
-    return (f"{_model(r)[0].upper()}{_model(r)[1:]} was tuned with {_method(r)} (rank {r['recipe']['lora_r']}, {s['trainable_parameters']:,} trainable parameters) on {r['data']['splits']['train']:,} records of "
-            f"{_source(r)} for {s['epochs']:.3g} epoch{'' if s['epochs'] == 1 else 's'}, {s['steps']:,} steps of {r['recipe']['batch_size']} examples. On {r['data']['splits']['test']:,} held-out records the loss of the reference answers went from "
-            f"{e['test']['base']['loss']:.3f} to {e['test']['tuned']['loss']:.3f} nats a token ({d['difference']:+.3f}, 95 % interval {d['low']:+.3f} to {d['high']:+.3f}): the tuned model is {verdict}. "
-            f"Of its test answers {e['test']['tuned']['finished']:.0f} % end by themselves; of the base model's, {e['test']['base']['finished']:.0f} %.{stand_in}")
+    return (f"{_model(r)[0].upper()}{_model(r)[1:]} was tuned with {_method(r)} (rank {r['recipe']['lora_r']}, "
+            f"{s['trainable_parameters']:,} trainable parameters) on {r['data']['splits']['train']:,} records of "
+            f"{_source(r)} for {s['epochs']:.3g} epoch{'' if s['epochs'] == 1 else 's'}, "
+            f"{s['steps']:,} steps of {r['recipe']['batch_size']} examples. On {r['data']['splits']['test']:,} "
+            f"held-out records the loss of the reference answers went from {e['test']['base']['loss']:.3f} "
+            f"to {e['test']['tuned']['loss']:.3f} nats a token ({d['difference']:+.3f}, "
+            f"95 % interval {d['low']:+.3f} to {d['high']:+.3f}): the tuned model is {verdict}. "
+            f"Of its test answers {e['test']['tuned']['finished']:.0f} % end by themselves; of the base model's, "
+            f"{e['test']['base']['finished']:.0f} %.{stand_in}")
 
 # %% ../nbs/05_report.ipynb #96ed785b
 def section_dataset(r: dict) -> str: # `r` from `collect`; Markdown
     "What was read, cleaned, split and cut."
-    c, t = r["data"]["cleaning"], r["tokens"]
+    c, t, parts = r["data"]["cleaning"], r["tokens"], ("train", "val", "test")
     names = sorted({n for p in r["data"]["categories"].values() for n in p})
-    splits = [[n, *(r["data"]["categories"][p].get(n, 0) for p in ("train", "val", "test"))] for n in names]
-    return (f"{c['read']:,} records were read from {_source(r)}. Before the split were removed: records without a response ({c['empty_responses']}), exact duplicates ({c['exact_duplicates']}), "
-            f"and repetitions but for case and white space ({c['normalised_duplicates']}). {c['citation_marks']:,} citation marks were removed from {c['contexts_with_marks']:,} contexts. "
-            f"{c['kept']:,} records remain, split by a hash of the passage, or of the instruction where there is none (seed {r['recipe']['seed']}), stratified by category; no passage is on two sides.\n\n"
-            + _table(["category", "train", "validation", "test"], splits + [["all", *(r["data"]["splits"][p] for p in ("train", "val", "test"))]]) + _figure("categories", "Records by category and split.")
-            + f"\nExamples are cut at {r['recipe']['max_length']:,} tokens: {t['train']['cut']} of {t['train']['examples']:,} training examples are ({t['train']['tokens_cut']:,} tokens lost), {t['train']['dropped']} "
-            f"had a prompt that filled the limit and were dropped. The training split has {t['train']['tokens']:,} tokens, of which {t['train']['response_tokens']:,} ({t['train']['response_tokens'] / t['train']['tokens']:.0%}) are learnt.\n"
-            + _figure("token_lengths", f"Lengths of all examples; median {t['median']}, longest {t['longest']:,} tokens."))
+    splits = [[n, *(r["data"]["categories"][p].get(n, 0) for p in parts)] for n in names]
+    splits += [["all", *(r["data"]["splits"][p] for p in parts)]]
+    text = (f"{c['read']:,} records were read from {_source(r)}. Before the split were removed: "
+            f"records without a response ({c['empty_responses']}), exact duplicates ({c['exact_duplicates']}), "
+            f"and repetitions but for case and white space ({c['normalised_duplicates']}). "
+            f"{c['citation_marks']:,} citation marks were removed from {c['contexts_with_marks']:,} contexts. "
+            f"{c['kept']:,} records remain, split by a hash of the passage, or of the instruction where there "
+            f"is none (seed {r['recipe']['seed']}), stratified by category; no passage is on two sides.\n\n")
+    text += _table(["category", "train", "validation", "test"], splits)
+    text += _figure("categories", "Records by category and split.")
+    text += (f"\nExamples are cut at {r['recipe']['max_length']:,} tokens: "
+             f"{t['train']['cut']} of {t['train']['examples']:,} training examples are ({t['train']['tokens_cut']:,} "
+             f"tokens lost), {t['train']['dropped']} had a prompt that filled the limit and were dropped. "
+             f"The training split has {t['train']['tokens']:,} tokens, of which {t['train']['response_tokens']:,} "
+             f"({t['train']['response_tokens'] / t['train']['tokens']:.0%}) are learnt.\n")
+    caption = f"Lengths of all examples; median {t['median']}, longest {t['longest']:,} tokens."
+    return text + _figure("token_lengths", caption)
 
 # %% ../nbs/05_report.ipynb #7f1a5477
 def section_implementation(r: dict) -> str: # `r` from `collect`; Markdown
     "The method and its hyperparameters."
-    p, gpu = r["recipe"], r["environment"]["gpu"]
-    four = "4-bit NF4 with double quantisation" if p["load_in_4bit"] and gpu else "full precision (no GPU, or not asked for)"
-    rows = [["base model", _model(r)], ["base weights", four], ["LoRA", f"rank {p['lora_r']}, alpha {p['lora_alpha']}, dropout {p['lora_dropout']}, on the seven linears of every block"],
-            ["loss", f"on the {p['train_on']}, end token included"], ["batch", f"{p['batch_size']} whole examples a step, in rows without padding of up to {r['training']['summary']['token_budget']:,} tokens"],
-            ["optimizer", f"{p['optimizer'] if gpu else 'adamw_torch'}, peak learning rate {p['learning_rate']:g}, {p['warmup_ratio']:.0%} warm-up, cosine to zero"],
-            ["length", f"cut at {p['max_length']} tokens"], ["checkpoints", f"every {p['eval_steps']} steps and at the end; best by validation loss"], ["memory", f"{p['memory']}: {r['training']['summary']['memory']}"], ["seed", p["seed"]]]
-    return ("The frozen base model is loaded by transformers and bitsandbytes, PEFT adds the adapters, TRL's SFTTrainer trains them. One prompt template serves training, evaluation and chat. Validation loss is weighted by tokens, not by batches.\n\n"
-            + _table(["", "setting"], rows))
+    p, s, gpu = r["recipe"], r["training"]["summary"], r["environment"]["gpu"]
+    four = p["load_in_4bit"] and gpu
+    rows = [
+        ["base model", _model(r)],
+        ["base weights", "4-bit NF4 with double quantisation" if four else "full precision (no GPU, or not asked for)"],
+        ["LoRA", f"rank {p['lora_r']}, alpha {p['lora_alpha']}, dropout {p['lora_dropout']}, "
+                 "on the seven linears of every block"],
+        ["loss", f"on the {p['train_on']}, end token included"],
+        ["batch", f"{p['batch_size']} whole examples a step, in rows without padding of up to "
+                  f"{s['token_budget']:,} tokens"],
+        ["optimizer", f"{p['optimizer'] if gpu else 'adamw_torch'}, peak learning rate {p['learning_rate']:g}, "
+                      f"{p['warmup_ratio']:.0%} warm-up, cosine to zero"],
+        ["length", f"cut at {p['max_length']} tokens"],
+        ["checkpoints", f"every {p['eval_steps']} steps and at the end; best by validation loss"],
+        ["memory", f"{p['memory']}: {s['memory']}"], ["seed", p["seed"]]]
+    return ("The frozen base model is loaded by transformers and bitsandbytes, PEFT adds the adapters, "
+            "TRL's SFTTrainer trains them. One prompt template serves training, evaluation and chat. "
+            "Validation loss is weighted by tokens, not by batches.\n\n" + _table(["", "setting"], rows))
 
 # %% ../nbs/05_report.ipynb #a076800b
 def section_training(r: dict) -> str: # `r` from `collect`; Markdown
     "The curves and what they say."
     s = r["training"]["summary"]
     resumed = f" The run was interrupted and resumed from step {s['resumed_from']}." if s["resumed_from"] else ""
-    return (f"Validation loss went from {s['first_validation_loss']:.4f} before training to {s['best_validation_loss']:.4f} at step {s['best_step']:,} of {s['steps']:,}; those weights were kept.{resumed}\n"
-            + _figure("training_curves", "Training and validation loss on the tokens that are learnt, and the learning rate.")
-            + "\n" + _table(["step", "epoch", "validation loss"], [[v["step"], f"{v['epoch']:.2f}", f"{v['eval_loss']:.4f}"] for v in r["training"]["validation"]]))
+    return (f"Validation loss went from {s['first_validation_loss']:.4f} before training to "
+            f"{s['best_validation_loss']:.4f} at step {s['best_step']:,} of {s['steps']:,}; "
+            f"those weights were kept.{resumed}\n" + _figure("training_curves", "Training and validation loss on "
+        "the tokens that are learnt, and the learning rate.") + "\n" + _table(["step", "epoch", "validation loss"],
+        [[v["step"], f"{v['epoch']:.2f}", f"{v['eval_loss']:.4f}"] for v in r["training"]["validation"]]))
 
 # %% ../nbs/05_report.ipynb #3a802835
 def section_evaluation(r: dict) -> str: # `r` from `collect`; Markdown
     "Base against tuned: loss, ROUGE-L, endings, lengths, answers."
     e = r["evaluation"]; b, t = e["test"]["base"], e["test"]["tuned"]
-    rows = [["test loss (nats a token)", b["loss"], t["loss"]], ["perplexity", b["perplexity"], t["perplexity"]], ["ROUGE-L (%)", b["rouge_l"], t["rouge_l"]],
-            ["answers that end by themselves (%)", b["finished"], t["finished"]], [f"mean words (references: {t['mean_reference_words']:.0f})", b["mean_words"], t["mean_words"]]]
+    rows = [["test loss (nats a token)", b["loss"], t["loss"]],
+            ["perplexity", b["perplexity"], t["perplexity"]], ["ROUGE-L (%)", b["rouge_l"], t["rouge_l"]],
+            ["answers that end by themselves (%)", b["finished"], t["finished"]],
+            [f"mean words (references: {t['mean_reference_words']:.0f})", b["mean_words"], t["mean_words"]]]
     for key, name in ("alpaca_eval", "AlpacaEval"), ("mt_bench", "MT-Bench"):
-        rows += [[f"{name}{'-shaped sample' if e[key]['source'] == 'sample' else ''} ({e[key]['prompts']} prompts, {e[key]['in_training']} of them in the training split): answers that end by themselves (%)", e[key]["base"]["finished"], e[key]["tuned"]["finished"]]]
-    shown = [[x["instruction"] + (f"\n\n({x['context']})" if x["context"] else ""), x["before"] + ("" if x["before_finished"] else " …"), x["after"] + ("" if x["after_finished"] else " …"), x["reference"]] for x in r["before_after"]]
-    return (f"Both models are the same weights with the adapter off and on. Losses are over {b['tokens']:,} response tokens of {r['data']['splits']['test']:,} test records; {t['answers']:,} of their prompts were answered greedily, up to {r['recipe']['max_new_tokens']} tokens.\n\n"
-            + _table(["", "base", "tuned"], rows) + _figure("test_loss", "Test loss by category, base and tuned.") + _figure("answer_lengths", "Length of the answers to test prompts.")
-            + f"\n### Before and after\n\nQuestions written for this course, none of them trained on; up to {min(80, r['recipe']['max_new_tokens'])} tokens each (… marks an answer that was cut off).\n\n" + _table(["instruction", "before", "after", "reference"], shown))
+        rows += [[f"{name}{'-shaped sample' if e[key]['source'] == 'sample' else ''} ({e[key]['prompts']} prompts, "
+                  f"{e[key]['in_training']} of them in the training split): answers that end by themselves (%)",
+                  e[key]["base"]["finished"], e[key]["tuned"]["finished"]]]
+    shown = [[x["instruction"] + (f"\n\n({x['context']})" if x["context"] else ""),
+              x["before"] + ("" if x["before_finished"] else " …"),
+              x["after"] + ("" if x["after_finished"] else " …"), x["reference"]] for x in r["before_after"]]
+    return (f"Both models are the same weights with the adapter off and on. Losses are over {b['tokens']:,} "
+            f"response tokens of {r['data']['splits']['test']:,} test records; {t['answers']:,} of "
+            f"their prompts were answered greedily, up to {r['recipe']['max_new_tokens']} tokens.\n\n"
+            + _table(["", "base", "tuned"], rows) + _figure("test_loss", "Test loss by category, base and tuned.")
+            + _figure("answer_lengths", "Length of the answers to test prompts.")
+            + f"\n### Before and after\n\nQuestions written for this course, none of them trained on; "
+            f"up to {min(80, r['recipe']['max_new_tokens'])} tokens each (… marks an answer that was cut off).\n\n"
+            + _table(["instruction", "before", "after", "reference"], shown))
 
 # %% ../nbs/05_report.ipynb #i4351199
+def _worth(j): # what the judge is, and what its examination says
+    c, who = j["check"], MODELS.get(j["judge"].removeprefix("local "), j["judge"].removeprefix("local "))
+    text = "" if j["official"] else (
+        f"> **These are not leaderboard numbers.** The judge is {who}, run locally, which reads its own "
+        "probabilities for the possible verdicts. Published AlpacaEval win rates and MT-Bench scores are "
+        "GPT-4's verdicts; nothing here can be compared with them.\n\n")
+    verdict = ("It tells right from wrong." if c["low"] > 90 else
+               "That is better than guessing, and not reliable." if c["low"] > 50 else
+               "That is guessing: **the numbers below say how the evaluation works, not how good the answers are.**")
+    return text + (
+        "**Can it judge?** Shown the answer that people wrote to a test instruction and one that they wrote to "
+        f"another, it takes the right one with {c['win_rate']:.0f} % (95 % interval {c['low']:.0f} to "
+        f"{c['high']:.0f}; a coin has 50, a reader 100), and changes its verdict with the order in "
+        f"{c['consistency']['contradicted']:.0f} % of the pairs. {verdict}\n")
+
+# %% ../nbs/05_report.ipynb #i7511692
+def _percent(value): return "–" if value is None else f"{value:.1f}"
+
 def section_judged(r: dict) -> str: # `r` from `collect`; Markdown
     "Win rates and ratings, after what they are worth."
-    j = r["evaluation"]["judgments"]; c, who = j["check"], MODELS.get(j["judge"].removeprefix("local "), j["judge"].removeprefix("local "))
-    warning = "" if j["official"] else (f"> **These are not leaderboard numbers.** The judge is {who}, run locally, which reads its own probabilities for the possible verdicts. Published AlpacaEval win rates and MT-Bench scores are GPT-4's verdicts; nothing here can be compared with them.\n\n")
-    worth = ("It tells right from wrong." if c["low"] > 90 else "That is better than guessing, and not reliable." if c["low"] > 50 else "That is guessing: **the numbers below say how the evaluation works, not how good the answers are.**")
-    number = lambda v: "–" if v is None else f"{v:.1f}"
-    pairs = [[name, number(s["win_rate"]), f"{s['low']:.1f} to {s['high']:.1f}", number(s["length_controlled_winrate"]), s["n_total"], s["consistency"]["invalid"]] for name, s in j["alpaca"].items()]
-    habits = [[name, *map(number, (s["consistency"]["contradicted"], s["consistency"]["first"], s["length_effect"]["longer"]["win_rate"], s["length_effect"]["shorter"]["win_rate"]))] for name, s in j["alpaca"].items()]
-    rated = [[m, *(f"{s[k]:.2f}" for k in ("turn1", "turn2", "average")), "{:.2f} to {:.2f}".format(*s["interval"]), s["n_rows"], s["n_invalid"]] for m, s in j["mt_bench"].items()]
-    return (f"{warning}**Can it judge?** Shown the answer that people wrote to a test instruction and one that they wrote to another, it takes the right one with {c['win_rate']:.0f} % (95 % interval {c['low']:.0f} to {c['high']:.0f}; a coin has 50, a reader 100), and changes its verdict with the order in {c['consistency']['contradicted']:.0f} % of the pairs. {worth}\n"
-            + _figure("win_rates", "Win rates with their 95 % intervals; every pair was judged in both orders.")
-            + "\n" + _table(["AlpacaEval", "win rate %", "95 %", "length-controlled", "pairs", "invalid"], pairs)
-            + "\n\nThe judge's habits on the same pairs, in percent:\n\n" + _table(["", "turns with the order", "goes to the first place", "win rate where longer", "where shorter"], habits)
-            + _figure("mtbench_radar", "MT-Bench: mean rating by category.") + _figure("mtbench_turns", "MT-Bench: turn 1 and turn 2.")
-            + "\n" + _table(["MT-Bench", "turn 1", "turn 2", "average", "95 %", "ratings", "invalid"], rated))
+    j = r["evaluation"]["judgments"]
+    pairs = [[name, _percent(s["win_rate"]), f"{s['low']:.1f} to {s['high']:.1f}",
+              _percent(s["length_controlled_winrate"]), s["n_total"], s["consistency"]["invalid"]]
+             for name, s in j["alpaca"].items()]
+    habits = [[name, *map(_percent, (s["consistency"]["contradicted"], s["consistency"]["first"],
+                                     s["length_effect"]["longer"]["win_rate"],
+                                     s["length_effect"]["shorter"]["win_rate"]))] for name, s in j["alpaca"].items()]
+    rated = [[m, *(f"{s[k]:.2f}" for k in ("turn1", "turn2", "average")), "{:.2f} to {:.2f}".format(*s["interval"]),
+              s["n_rows"], s["n_invalid"]] for m, s in j["mt_bench"].items()]
+    text = _worth(j)
+    text += _figure("win_rates", "Win rates with their 95 % intervals; every pair was judged in both orders.") + "\n"
+    text += _table(["AlpacaEval", "win rate %", "95 %", "length-controlled", "pairs", "invalid"], pairs)
+    text += "\n\nThe judge's habits on the same pairs, in percent:\n\n"
+    text += _table(["", "turns with the order", "goes to the first place", "win rate where longer", "where shorter"],
+                   habits)
+    text += _figure("mtbench_radar", "MT-Bench: mean rating by category.")
+    text += _figure("mtbench_turns", "MT-Bench: turn 1 and turn 2.") + "\n"
+    return text + _table(["MT-Bench", "turn 1", "turn 2", "average", "95 %", "ratings", "invalid"], rated)
 
 # %% ../nbs/05_report.ipynb #e7006d1e
 def section_hardware(r: dict) -> str: # `r` from `collect`; Markdown
     "Where it ran, how long, how fast, in which versions."
     s, env = r["training"]["summary"], r["environment"]
-    rows = [["GPU", f"{env['gpu']['name']}, {env['gpu']['memory_gib']} GiB" if env["gpu"] else "none"], ["CPU cores", env["cpu_cores"]], ["training, steps only", f"{s['train_seconds'] / 60:.1f} min"],
-            ["a step", f"{s['seconds_per_step']:.3f} s"], ["speed, without padding", f"{s['real_tokens_per_second']:,.0f} tokens/s"], [f"peak memory ({'GPU' if env['gpu'] else 'process'})", f"{s['peak_memory_gib']:.1f} GiB"],
-            *([f"stage {n}", f"{t / 60:.1f} min"] for n, t in r["stages"].items() if n != "05_report")]
+    rows = [["GPU", f"{env['gpu']['name']}, {env['gpu']['memory_gib']} GiB" if env["gpu"] else "none"],
+            ["CPU cores", env["cpu_cores"]],
+            ["training, steps only", f"{s['train_seconds'] / 60:.1f} min"],
+            ["a step", f"{s['seconds_per_step']:.3f} s"],
+            ["speed, without padding", f"{s['real_tokens_per_second']:,.0f} tokens/s"],
+            [f"peak memory ({'GPU' if env['gpu'] else 'process'})", f"{s['peak_memory_gib']:.1f} GiB"]]
+    rows += [[f"stage {n}", f"{t / 60:.1f} min"] for n, t in r["stages"].items() if n != "05_report"]
     versions = ", ".join(f"{n} {v}" for n, v in env["packages"].items())
-    return _table(["", ""], rows) + f"\n\nPython {env['python']}; {versions}" + (f"; commit {env['commit'][:12]}" if env["commit"] else "") + "."
+    commit = f"; commit {env['commit'][:12]}" if env["commit"] else ""
+    return f"{_table(['', ''], rows)}\n\nPython {env['python']}; {versions}{commit}."
 
 # %% ../nbs/05_report.ipynb #i4501469
-def section_speed(r: dict) -> str: # `r` from `collect`; Markdown
-    "Padding, the way a step was computed, and the ablation if it was measured."
-    s = r["training"]["summary"]
-    graphs = f" {s['graphs']} lengths of rows were recorded as CUDA graphs in {s['graph_seconds']:.0f} s." if s["graphs"] else ""
-    text = (f"Padded four by four, a step would have computed {s['padding']:.2f} positions for each real token; rows without padding compute one. Engine: {s['engine']}; {s['memory']}.{graphs}\n" + _figure("padding", "What padding would have cost."))
-    for base, rows in _steps(r).items():
-        best, first = min(rows, key=lambda b: b["s_per_step"]), rows[0]
-        text += (f"\n### {first['model']}: a step of {first.get('batch_size', 16)} examples, several ways\n\nAll on the same records ({first['tokens_per_step']:,.0f} real tokens a step) and the same {first['device']}, in one run; its large matrix products reach {first['matrix_tflops']:.0f} TFLOP/s, "
-                 f"at which the arithmetic of a step takes {first['floor_s']:.3f} s. `{best['name']}` is {first['s_per_step'] / best['s_per_step']:.1f} times as fast as `{first['name']}`.\n\n"
-                 + _table(["", "s a step", "real tokens/s", "peak GiB", "utilisation", "full recipe"], [[b["name"], f"{b['s_per_step']:.3f}", round(b["tok_per_s"]), f"{b['peak_gib']:.1f}" if b["peak_gib"] else "", f"{b['model_flops_utilisation']:.0%}", f"{b['full_recipe_min']:.1f} min"] for b in rows])
-                 + _figure("ablation_" + re.sub(r"\W+", "_", base), "What a step's time goes into; *waiting* is a card with nothing to do. Utilisation counts the arithmetic of the recipe, not what a way computes twice."))
-    written = [b for b in r["bench"] if "new_tokens" in b]
-    if written: text += (f"\n### {written[0]['model']}: writing {written[0]['prompts']} answers of {written[0]['new_tokens']} tokens\n\nThe same prompts on the same {written[0]['device']}, bf16, in one run; reading the weights and the cache takes {written[0]['floor_s']:.2f} s at the card's rate.\n\n"
-                         + _table(["", "prompts at a time", "seconds", "new tokens/s", "peak GiB"], [[b["name"], b["slots"], f"{b['seconds']:.2f}", round(b["tok_per_s"]), f"{b['peak_gib']:.1f}" if b["peak_gib"] else ""] for b in written]))
-    return text
+def _gib(value): return f"{value:.1f}" if value else ""
+
+def _one_base(base, rows): # the ways to do a step, measured on one base model
+    best, first = min(rows, key=lambda b: b["s_per_step"]), rows[0]
+    text = (f"\n### {first['model']}: a step of {first.get('batch_size', 16)} examples, several ways\n\n"
+            f"All on the same records ({first['tokens_per_step']:,.0f} real tokens a step) and the same "
+            f"{first['device']}, in one run; its large matrix products reach {first['matrix_tflops']:.0f} TFLOP/s, "
+            f"at which the arithmetic of a step takes {first['floor_s']:.3f} s. `{best['name']}` "
+            f"is {first['s_per_step'] / best['s_per_step']:.1f} times as fast as `{first['name']}`.\n\n")
+    table = [[b["name"], f"{b['s_per_step']:.3f}", round(b["tok_per_s"]), _gib(b["peak_gib"]),
+              f"{b['model_flops_utilisation']:.0%}", f"{b['full_recipe_min']:.1f} min"] for b in rows]
+    text += _table(["", "s a step", "real tokens/s", "peak GiB", "utilisation", "full recipe"], table)
+    return text + _figure(_ablation(base), "What a step's time goes into; *waiting* is a card with nothing to do. "
+                          "Utilisation counts the arithmetic of the recipe, not what a way computes twice.")
+
+def _answers(rows): # the ways to write the same answers
+    first = rows[0]
+    table = [[b["name"], b["slots"], f"{b['seconds']:.2f}", round(b["tok_per_s"]), _gib(b["peak_gib"])] for b in rows]
+    return (f"\n### {first['model']}: writing {first['prompts']} answers of {first['new_tokens']} tokens\n\n"
+            f"The same prompts on the same {first['device']}, bf16, in one run; reading the weights and the cache "
+            f"takes {first['floor_s']:.2f} s at the card's rate.\n\n"
+            + _table(["", "prompts at a time", "seconds", "new tokens/s", "peak GiB"], table))
+
+# %% ../nbs/05_report.ipynb #i5508603
+def _ablation(base): return "ablation_" + re.sub(r"\W+", "_", base)  # the figure's name
 
 def _steps(r):
     "Rows of measured training steps by base model."
     rows = [b for b in r["bench"] if "s_per_step" in b]
     return {base: [b for b in rows if b["base"] == base] for base in dict.fromkeys(b["base"] for b in rows)}
 
+def section_speed(r: dict) -> str: # `r` from `collect`; Markdown
+    "Padding, the way a step was computed, and the ablation if it was measured."
+    s, written = r["training"]["summary"], [b for b in r["bench"] if "new_tokens" in b]
+    text = (f"Padded four by four, a step would have computed {s['padding']:.2f} positions for each real token; "
+            f"rows without padding compute one. Engine: {s['engine']}; {s['memory']}.")
+    if s["graphs"]: text += f" {s['graphs']} lengths of rows were recorded as CUDA graphs in {s['graph_seconds']:.0f} s."
+    text += "\n" + _figure("padding", "What padding would have cost.")
+    text += "".join(_one_base(base, rows) for base, rows in _steps(r).items())
+    return text + (_answers(written) if written else "")
+
 # %% ../nbs/05_report.ipynb #fd6d3ea8
+def _changes(e): # sentences on what improved, and on what did not
+    b, t, d = e["test"]["base"], e["test"]["tuned"], e["difference"]
+    gain = {c: v["base"] - v["tuned"] for c, v in e["by_category"].items()}
+    best, least = max(gain, key=gain.get), min(gain, key=gain.get)
+    zero = "excludes" if d["high"] < 0 or d["low"] > 0 else "includes"
+    near = abs(t["mean_words"] - t["mean_reference_words"]) < abs(b["mean_words"] - t["mean_reference_words"])
+    said = [(d["high"] < 0, f"The loss on held-out references changed by {d['difference']:+.3f} nats a token, "
+             f"an interval that {zero} zero; most in {best} ({-gain[best]:+.3f}), least in {least} "
+             f"({-gain[least]:+.3f})."),
+            (t["finished"] > b["finished"], f"{t['finished']:.0f} % of the tuned model's answers end by themselves, "
+             f"{b['finished']:.0f} % of the base model's."),
+            (t["rouge_l"] > b["rouge_l"], f"ROUGE-L went from {b['rouge_l']:.1f} to {t['rouge_l']:.1f} %."),
+            (near, f"Answers have {t['mean_words']:.0f} words on average after {b['mean_words']:.0f}; "
+             f"the references have {t['mean_reference_words']:.0f}.")]
+    return [text for good, text in said if good], [text for good, text in said if not good]
+
+def _limits(r):
+    p, official = r["recipe"], r["evaluation"]["judgments"]["official"]
+    rated = "" if official else " The judge was a local model; its win rates and ratings compare with no published ones."
+    yield f"One run with one seed ({p['seed']}); the interval above covers the choice of test records only."
+    yield "Loss and ROUGE-L compare with one reference answer; a good answer in other words scores badly."
+    yield f"No human has rated the answers.{rated}"
+    if "Llama-2" not in p["base"]:
+        yield f"{_model(r)} stands in for LLaMA-2-7B: its numbers say nothing about the larger model's."
+    if p["base"] == "smollm2":
+        yield ("The base model is an *Instruct* model, tuned before in another template: part of the gain is learning "
+               "this one.")
+    if p["alpaca"] == "sample": yield "The benchmark-shaped prompts are the course's own few, not the official sets."
+
+# %% ../nbs/05_report.ipynb #i7679241
+def _next(r):
+    if not r["evaluation"]["judgments"]["official"]:
+        yield "Let the judge of the published tables read the answers: `dolly-lora judge --judge gpt-4-1106-preview`."
+    yield "Repeat with three seeds, to put an interval on training itself."
+    if "Llama-2" not in r["recipe"]["base"]: yield "Run the `llama2` preset where its weights may be used."
+
 def section_discussion(r: dict) -> str: # `r` from `collect`; Markdown
     "Sentences that follow from the numbers."
-    e, s = r["evaluation"], r["training"]["summary"]
-    b, t, d, cats = e["test"]["base"], e["test"]["tuned"], e["difference"], e["by_category"]
-    gain = {c: v["base"] - v["tuned"] for c, v in cats.items()}
-    best, least = max(gain, key=gain.get), min(gain, key=gain.get)
-    better, worse = [], []
-    (better if d["high"] < 0 else worse).append(f"The loss on held-out references changed by {d['difference']:+.3f} nats a token, " + ("an interval that excludes zero" if d["high"] < 0 or d["low"] > 0 else "an interval that includes zero") + f"; most in {best} ({-gain[best]:+.3f}), least in {least} ({-gain[least]:+.3f}).")
-    (better if t["finished"] > b["finished"] else worse).append(f"{t['finished']:.0f} % of the tuned model's answers end by themselves, {b['finished']:.0f} % of the base model's.")
-    (better if t["rouge_l"] > b["rouge_l"] else worse).append(f"ROUGE-L went from {b['rouge_l']:.1f} to {t['rouge_l']:.1f} %.")
-    near = abs(t["mean_words"] - t["mean_reference_words"]) < abs(b["mean_words"] - t["mean_reference_words"])
-    (better if near else worse).append(f"Answers have {t['mean_words']:.0f} words on average after {b['mean_words']:.0f}; the references have {t['mean_reference_words']:.0f}.")
-    late = "the best checkpoint is the last: more steps might help" if s["best_step"] == s["steps"] else f"the best checkpoint is not the last ({s['best_step']:,} of {s['steps']:,}): longer training on these data did not help"
-    bullets = lambda lines: "".join(f"- {x}\n" for x in lines) or "- Nothing that was measured.\n"
-    limits = [f"One run with one seed ({r['recipe']['seed']}); the interval above covers the choice of test records only.", "Loss and ROUGE-L compare with one reference answer; a good answer in other words scores badly.",
-              "No human has rated the answers." + ("" if e["judgments"]["official"] else " The judge was a local model; its win rates and ratings compare with no published ones.")] + ([f"{_model(r)} stands in for LLaMA-2-7B: its numbers say nothing about the larger model's."] if "Llama-2" not in r["recipe"]["base"] else []) \
-             + (["The base model is an *Instruct* model, tuned before in another template: part of the gain is learning this one."] if r["recipe"]["base"] == "smollm2" else []) \
-             + (["The benchmark-shaped prompts are the course's own few, not the official sets."] if r["recipe"]["alpaca"] == "sample" else [])
-    return (f"**What improved**\n\n{bullets(better)}\n**What did not**\n\n{bullets(worse)}\nIn training, {late}.\n\n**Limitations**\n\n{bullets(limits)}\n**Future work**\n\n"
-            + bullets(([] if e["judgments"]["official"] else ["Let the judge of the published tables read the answers: `dolly-lora judge --judge gpt-4-1106-preview`."]) + ["Repeat with three seeds, to put an interval on training itself."] + ([] if "Llama-2" in r["recipe"]["base"] else ["Run the `llama2` preset where its weights may be used."])))
+    def bullets(lines): return "".join(f"- {x}\n" for x in lines) or "- Nothing that was measured.\n"
+    s, (better, worse) = r["training"]["summary"], _changes(r["evaluation"])
+    late = ("the best checkpoint is the last: more steps might help" if s["best_step"] == s["steps"] else
+            f"the best checkpoint is not the last ({s['best_step']:,} of {s['steps']:,}): "
+            "longer training on these data did not help")
+    return (f"**What improved**\n\n{bullets(better)}\n**What did not**\n\n{bullets(worse)}\nIn training, {late}.\n\n"
+            f"**Limitations**\n\n{bullets(_limits(r))}\n**Future work**\n\n{bullets(_next(r))}")
 
-REFERENCES = """- T. Dettmers, A. Pagnoni, A. Holtzman, L. Zettlemoyer: QLoRA: Efficient Finetuning of Quantized LLMs. 2023. arXiv:2305.14314
+# %% ../nbs/05_report.ipynb #i8616548
+REFERENCES = """- T. Dettmers, A. Pagnoni, A. Holtzman, L. Zettlemoyer: QLoRA: Efficient Finetuning of Quantized LLMs. \
+2023. arXiv:2305.14314
 - E. Hu et al.: LoRA: Low-Rank Adaptation of Large Language Models. 2021. arXiv:2106.09685
-- H. Touvron et al.: Llama 2: Open Foundation and Fine-Tuned Chat Models. 2023. arXiv:2307.09288. Weights under the Llama 2 community licence.
-- M. Conover et al.: Free Dolly: Introducing the World's First Truly Open Instruction-Tuned LLM. 2023. Data under CC BY-SA 3.0.
+- H. Touvron et al.: Llama 2: Open Foundation and Fine-Tuned Chat Models. \
+2023. arXiv:2307.09288. Weights under the Llama 2 community licence.
+- M. Conover et al.: Free Dolly: Introducing the World's First Truly Open Instruction-Tuned LLM. \
+2023. Data under CC BY-SA 3.0.
 - L. Ben Allal et al.: SmolLM2: When Smol Goes Big. 2025. arXiv:2502.02737. Weights under Apache-2.0.
-- Y. Dubois, B. Galambosi, P. Liang, T. Hashimoto: Length-Controlled AlpacaEval. 2024. arXiv:2404.04475. Data under CC BY-NC 4.0.
+- Y. Dubois, B. Galambosi, P. Liang, T. Hashimoto: Length-Controlled AlpacaEval. \
+2024. arXiv:2404.04475. Data under CC BY-NC 4.0.
 - L. Zheng et al.: Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena. 2023. arXiv:2306.05685
 - C.-Y. Lin: ROUGE: A Package for Automatic Evaluation of Summaries. 2004.
 """
 
 # %% ../nbs/05_report.ipynb #b545ea43
-STYLE = """body{font:16px/1.55 Georgia,serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222}h1,h2,h3{font-family:Helvetica,Arial,sans-serif;line-height:1.2}h2{margin-top:2.2rem;border-bottom:1px solid #ccc}
-table{border-collapse:collapse;font:13.5px/1.4 Helvetica,Arial,sans-serif;margin:1rem 0;width:100%}td,th{border-bottom:1px solid #ddd;padding:.35rem .6rem .35rem 0;text-align:left;vertical-align:top;overflow-wrap:break-word}th{white-space:nowrap}
-td:not(:first-child){font-variant-numeric:tabular-nums}img{max-width:100%}blockquote{margin:1rem 0;padding:.2rem 1rem;background:#fff6e0;border-left:4px solid #e0a800}nav{font:14px Helvetica,Arial,sans-serif}nav a{margin-right:.9rem}
-@media print{body{font-size:11pt;margin:0}nav{display:none}h2{break-after:avoid}tr,img{break-inside:avoid}}"""
+STYLE = """
+body { font: 16px/1.55 Georgia, serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h1, h2, h3 { font-family: Helvetica, Arial, sans-serif; line-height: 1.2 }
+h2 { margin-top: 2.2rem; border-bottom: 1px solid #ccc }
+table { border-collapse: collapse; font: 13.5px/1.4 Helvetica, Arial, sans-serif; margin: 1rem 0; width: 100% }
+td, th { border-bottom: 1px solid #ddd; padding: .35rem .6rem .35rem 0; text-align: left; vertical-align: top }
+td, th { overflow-wrap: break-word }
+th { white-space: nowrap }
+td:not(:first-child) { font-variant-numeric: tabular-nums }
+img { max-width: 100% }
+blockquote { margin: 1rem 0; padding: .2rem 1rem; background: #fff6e0; border-left: 4px solid #e0a800 }
+nav { font: 14px Helvetica, Arial, sans-serif }
+nav a { margin-right: .9rem }
+@media print {
+  body { font-size: 11pt; margin: 0 }
+  nav { display: none }
+  h2 { break-after: avoid }
+  tr, img { break-inside: avoid }
+}"""
 
 # %% ../nbs/05_report.ipynb #326fee8e
 def report_markdown(
     r: dict, # from `collect`
 ) -> str: # the whole report
     "All sections in their order."
-    sections = {"Dataset": section_dataset, "Implementation": section_implementation, "Training results": section_training, "Evaluation results": section_evaluation, "Judged by a model": section_judged,
-                "Hardware and run time": section_hardware, "Speed": section_speed, "Discussion": section_discussion}
+    sections = {"Dataset": section_dataset, "Implementation": section_implementation,
+                "Training results": section_training, "Evaluation results": section_evaluation,
+                "Judged by a model": section_judged, "Hardware and run time": section_hardware,
+                "Speed": section_speed, "Discussion": section_discussion}
     body = "\n\n".join(f"## {title}\n\n{make(r)}" for title, make in sections.items())
-    return f"# Instruction-tuning {_model(r)} with {_method(r)}\n\n{section_summary(r)}\n\n{body}\n\n## References\n\n{REFERENCES}"
+    return (f"# Instruction-tuning {_model(r)} with {_method(r)}\n\n{section_summary(r)}\n\n{body}\n\n"
+            f"## References\n\n{REFERENCES}")
 
 # %% ../nbs/05_report.ipynb #86ec61fb
+def _image(svg): # its text alternative stands beside it
+    if not svg.exists(): return "<em>(figure not in this run)</em>"
+    alt = escape(svg.with_suffix(".txt").read_text(encoding="utf-8").strip(), quote=True)
+    return f'<img alt="{alt}" src="data:image/svg+xml;base64,{base64.b64encode(svg.read_bytes()).decode()}">'
+
+def _page(markdown, figures): # one file that needs no other
+    from markdown_it import MarkdownIt
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)
+    html = re.sub(r'<img src="figures/([\w.]+)"[^>]*>', lambda m: _image(figures / m[1]), html)
+    name = lambda head: head.lower().replace(" ", "-")
+    heads, title = re.findall(r"<h2>(.*?)</h2>", html), re.search(r"<h1>(.*?)</h1>", html)[1]
+    html = re.sub(r"<h2>(.*?)</h2>", lambda m: f'<h2 id="{name(m[1])}">{m[1]}</h2>', html)
+    nav = "<nav>" + "".join(f'<a href="#{name(h)}">{h}</a>' for h in heads) + "</nav>"
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
+            f'<style>{STYLE}</style></head>\n<body>{nav}{html}</body></html>\n')
+
+# %% ../nbs/05_report.ipynb #i2052177
 def write_report(
     run_dir: Path,    # of a finished run
     report_dir: Path, # gets report.html, results.json and figures/
 ) -> Path: # of report.html
     "Write the report of a run: one self-contained page, its figures, and every number in it."
-    from markdown_it import MarkdownIt
     r, run_dir, report_dir = collect(run_dir), Path(run_dir), Path(report_dir)
     for base, rows in _steps(r).items():
         from dolly_lora.kernels import plot_ablation
-        save_fig(plot_ablation(rows), run_dir, "ablation_" + re.sub(r"\W+", "_", base), "Seconds a step, by what the card does: " + "; ".join(f"{b['name']} {b['s_per_step']:.3f}" for b in rows) + f". The arithmetic alone: {rows[0]['floor_s']:.3f}.")
-    def embed(match):
-        svg = run_dir / "figures" / match[1]
-        alt = escape(svg.with_suffix(".txt").read_text(encoding="utf-8").strip(), quote=True) if svg.exists() else ""
-        return f'<img alt="{alt}" src="data:image/svg+xml;base64,{base64.b64encode(svg.read_bytes()).decode()}">' if svg.exists() else "<em>(figure not in this run)</em>"
-    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(report_markdown(r))
-    html = re.sub(r'<img src="figures/([\w.]+)"[^>]*>', embed, html)
-    heads = re.findall(r"<h2>(.*?)</h2>", html)
-    html = re.sub(r"<h2>(.*?)</h2>", lambda m: f'<h2 id="{m[1].lower().replace(" ", "-")}">{m[1]}</h2>', html)
-    nav = "<nav>" + "".join(f'<a href="#{h.lower().replace(" ", "-")}">{h}</a>' for h in heads) + "</nav>"
-    title = re.search(r"<h1>(.*?)</h1>", html)[1]
-    write_text(report_dir / "report.html", f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style></head>\n<body>{nav}{html}</body></html>\n')
-    if (run_dir / "figures").exists(): shutil.copytree(run_dir / "figures", report_dir / "figures", dirs_exist_ok=True)
+        ways = "; ".join(f"{b['name']} {b['s_per_step']:.3f}" for b in rows)
+        save_fig(plot_ablation(rows), run_dir, _ablation(base), f"Seconds a step, by what the card does: {ways}. "
+                 f"The arithmetic alone: {rows[0]['floor_s']:.3f}.")
+    write_text(report_dir / "report.html", _page(report_markdown(r), run_dir / "figures"))
+    if (run_dir / "figures").exists():
+        shutil.copytree(run_dir / "figures", report_dir / "figures", dirs_exist_ok=True)
     write_json(report_dir / "results.json", r)
     return report_dir / "report.html"

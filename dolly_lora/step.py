@@ -58,18 +58,23 @@ class LoRAGroup:
 
     def _dequantise(self, out):
         from bitsandbytes.functional import dequantize_4bit
-        for part, b in zip(out.split(self.sizes), self.base): dequantize_4bit(b.weight.data, b.weight.quant_state, out=part)
+        for part, b in zip(out.split(self.sizes), self.base):
+            dequantize_4bit(b.weight.data, b.weight.quant_state, out=part)
         return out
 
     def keep(self, dtype):
         "Hold the whole weight from now on."
-        if self.quantised: self.kept = self._dequantise(torch.empty(self.shape, dtype=dtype, device=self.base[0].weight.device)); return
+        if self.quantised:
+            self.kept = self._dequantise(torch.empty(self.shape, dtype=dtype, device=self.base[0].weight.device))
+            return
         self.kept = torch.cat([b.weight.data for b in self.base]) if len(self.base) > 1 else self.base[0].weight.data
         for b, w in zip(self.base, self.kept.split(self.sizes)): b.weight.data = w
 
     def weight(self) -> torch.Tensor: # [outputs of all, inputs]
         if self.kept is not None: return self.kept
-        if self.workspace["owner"] is not self: self._dequantise(self.workspace["data"]); self.workspace["owner"] = self
+        if self.workspace["owner"] is not self:
+            self._dequantise(self.workspace["data"])
+            self.workspace["owner"] = self
         return self.workspace["data"]
 
     def bind(self, start: int, low: torch.Tensor, grad: torch.Tensor): # where the adapters lie in the flat tensors
@@ -146,10 +151,13 @@ def block_forward(
 # %% ../nbs/02c_step.ipynb #02c018
 @contextlib.contextmanager
 def _deterministic():
-    before, warn, fill = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True); torch.utils.deterministic.fill_uninitialized_memory = False
     try: yield
-    finally: torch.use_deterministic_algorithms(before, warn_only=warn); torch.utils.deterministic.fill_uninitialized_memory = fill
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 def block_backward(
     block: Block,
@@ -164,7 +172,8 @@ def block_backward(
     ggu = ops.swiglu_backward(group_backward(block.down, g, s.act, last), s.gu)
     g = ops.rms_norm_backward(group_backward(block.gu, ggu, s.n2, s.h3), s.y, block.norm2, s.r2, g)
     ga = group_backward(block.o, g, s.seen, s.h2).view_as(s.a)
-    with _deterministic() if has_varlen(g.device, g.dtype, block.size) else contextlib.nullcontext(): qkv = torch.autograd.grad(s.a, (s.q, s.k, s.v), ga)
+    with _deterministic() if has_varlen(g.device, g.dtype, block.size) else contextlib.nullcontext():
+        qkv = torch.autograd.grad(s.a, (s.q, s.k, s.v), ga)
     g1 = group_backward(block.qkv, ops.rotate_backward(*qkv, *angles), s.n1, s.h1, need)
     return ops.rms_norm_backward(g1, s.x, block.norm1, s.r1, g) if need else None
 
@@ -176,23 +185,27 @@ def _seven(layer): # the linears of a block, those that share their input togeth
 def is_llama(
     base, # a transformers model
 ) -> bool:
-    "The Llama architecture as the blocks here compute it: without biases, its angles independent of the row, sizes in sixteens (the kernels' smallest block)."
+    "Llama as the blocks here compute it: no biases, angles independent of the row, sizes in sixteens (a kernel's block)."
     c = base.config
-    if c.model_type != "llama" or getattr(c, "attention_bias", False) or getattr(c, "mlp_bias", False) or c.hidden_act != "silu": return False
-    if (getattr(c, "rope_parameters", None) or {}).get("rope_type", "default") in ("dynamic", "longrope"): return False
+    biased = getattr(c, "attention_bias", False) or getattr(c, "mlp_bias", False)
+    if c.model_type != "llama" or biased or c.hidden_act != "silu": return False
+    if (getattr(c, "rope_parameters", None) or {}).get("rope_type", "default") in ("dynamic", "longrope"):
+        return False
     return all(l.out_features % 16 == 0 for layer in base.model.layers for group in _seven(layer) for l in group)
 
 def fits_llama(
     model, # PeftModel
 ) -> bool:
-    "Can `FusedLlama` compute this model? A Llama with one plain LoRA adapter on the seven linears of every block, and on nothing else."
+    "Can `FusedLlama` compute it? A Llama, one plain LoRA adapter on the seven linears of every block, on nothing else."
     base, names = model.get_base_model(), model.active_adapters
-    if not is_llama(base) or len(names) != 1 or sum(hasattr(m, "lora_A") for m in base.modules()) != 7 * len(base.model.layers): return False
+    if not is_llama(base) or len(names) != 1: return False
+    if sum(hasattr(m, "lora_A") for m in base.modules()) != 7 * len(base.model.layers): return False
     return all(_plain_lora(group, names[0]) for layer in base.model.layers for group in _seven(layer))
 
 def _plain_lora(group, name): # one rank and scale, no bias, no DoRA, not merged
     if not all(hasattr(l, "lora_A") and name in l.lora_A for l in group): return False
-    odd = any(l.merged or name in getattr(l, "lora_magnitude_vector", ()) or l.lora_B[name].bias is not None for l in group)
+    odd = any(l.merged or name in getattr(l, "lora_magnitude_vector", ()) or l.lora_B[name].bias is not None
+              for l in group)
     return not odd and len({(l.scaling[name], l.r[name]) for l in group}) == 1
 
 # %% ../nbs/02c_step.ipynb #i7153838
@@ -204,7 +217,8 @@ def llama_blocks(
     c, spaces, blocks = base.config, [dict(data=None, owner=None) for _ in range(4)], []
     for i, l in enumerate(base.model.layers):
         groups = [LoRAGroup(s, 7 * i + n, space, ops) for s, n, space in zip(_seven(l), (0, 3, 4, 6), spaces)]
-        blocks.append(Block(l.input_layernorm.weight, l.post_attention_layernorm.weight, *groups, c.num_attention_heads, c.num_key_value_heads,
+        blocks.append(Block(l.input_layernorm.weight, l.post_attention_layernorm.weight,
+                            *groups, c.num_attention_heads, c.num_key_value_heads,
                             getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads, c.rms_norm_eps))
     return blocks, [g for b in blocks for g in (b.qkv, b.o, b.gu, b.down)]
 
@@ -226,7 +240,8 @@ def hold_weights(
     with torch.inference_mode(False), torch.no_grad():  # a model that has answered can be trained
         for g in groups:
             if keep or not g.quantised: g.keep(dtype)
-            elif g.workspace["data"] is None: g.workspace["data"] = torch.empty(g.shape, dtype=dtype, device=g.base[0].weight.device)
+            elif g.workspace["data"] is None:
+                g.workspace["data"] = torch.empty(g.shape, dtype=dtype, device=g.base[0].weight.device)
 
 # %% ../nbs/02c_step.ipynb #02c020
 @dataclass(frozen=True)
@@ -239,8 +254,9 @@ class Plan:
     longest: int = 1024 # tokens of an example, at most
 
     def __str__(self):
-        return (f"{'frugal: activations are computed again' if self.recompute else 'speed: activations are kept'}, weights "
-                f"{'ready' if self.keep_weights else 'dequantised when needed'}, rows of up to {self.token_budget:,} tokens")
+        activations = "frugal: activations are computed again" if self.recompute else "speed: activations are kept"
+        weights = "ready" if self.keep_weights else "dequantised when needed"
+        return f"{activations}, weights {weights}, rows of up to {self.token_budget:,} tokens"
 
 def plan_memory(
     model,          # PeftModel on its device
@@ -249,16 +265,24 @@ def plan_memory(
 ) -> Plan:
     "What fits."
     c, width = model.get_base_model().config, model.get_base_model().lm_head.weight.element_size()
-    d, ff, kv, layers = c.hidden_size, c.intermediate_size, c.num_key_value_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads), c.num_hidden_layers
+    d, ff = c.hidden_size, c.intermediate_size
+    kv = c.num_key_value_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+    layers = c.num_hidden_layers
     rest, by_hand = dict(examples=recipe.batch_size, longest=recipe.max_length), fits_llama(model)
-    if model.device.type == "cpu" and free is None: return Plan(by_hand, recipe.memory == "frugal", max(1024, recipe.max_length), **rest)  # unquantised: nothing to keep twice
-    if free is None: free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    if not by_hand or (model.device.type == "cuda" and operations(model.device).name == "PyTorch"): free = free // 2  # autograd, and the formulas, hold more at a time than the kernels
-    room = 0.9 * free - 16 * sum(p.numel() for p in model.parameters() if p.requires_grad) - 2**30  # gradients, optimizer, libraries
-    block, token = (2 * d * d + 2 * d * kv + 3 * d * ff) * width, (layers * (6 * d + 2 * kv + 3 * ff) + 2 * c.vocab_size) * width
+    if model.device.type == "cpu" and free is None:  # unquantised: nothing to keep twice
+        return Plan(by_hand, recipe.memory == "frugal", max(1024, recipe.max_length), **rest)
+    if free is None:
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    # autograd, and the formulas, hold more at a time than the kernels
+    if not by_hand or (model.device.type == "cuda" and operations(model.device).name == "PyTorch"): free = free // 2
+    # gradients, optimizer, libraries
+    room = 0.9 * free - 16 * sum(p.numel() for p in model.parameters() if p.requires_grad) - 2**30
+    block = (2 * d * d + 2 * d * kv + 3 * d * ff) * width
+    token = (layers * (6 * d + 2 * kv + 3 * ff) + 2 * c.vocab_size) * width
     for keep in (True, False) if by_hand else (False,):
         budget = int((room - block * (layers if keep else 1)) // token)
-        if recipe.memory != "frugal" and budget >= min(2 * recipe.max_length, 6144): return Plan(keep, False, min(6144, budget), **rest)
+        if recipe.memory != "frugal" and budget >= min(2 * recipe.max_length, 6144):
+            return Plan(keep, False, min(6144, budget), **rest)
     return Plan(False, recipe.memory != "speed", max(2048, recipe.max_length), **rest)
 
 # %% ../nbs/02c_step.ipynb #02c024
@@ -315,7 +339,8 @@ class FusedLlama:
         angles, targets, learnt = angles_at(self.base, row.positions), row.targets, slice(None)
         x, tape = self._forward(row, angles, seed, gradient)
         n, scale = ops.rms_norm(x, norm, self.blocks[0].eps)
-        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()): learnt = (targets != -100).nonzero()[:, 0]  # a recording must not depend on the data
+        # a recording must not depend on the data
+        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()): learnt = (targets != -100).nonzero()[:, 0]
         logits = n[learnt] @ head.t()
         loss = ops.cross_entropy_(logits, targets[learnt], items, gradient)
         if not gradient: return loss
@@ -341,18 +366,26 @@ class StepGraphs:
         multiple: int = 128, # rows are filled up to multiples of this
     ):
         device = engine.device
-        self.engine, self.multiple, self.graphs, self.pool, self.stream = engine, multiple, {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        self.items, self.seed, self.out, self.seconds = torch.ones((), device=device), torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), device=device), 0.0
+        self.engine, self.multiple, self.graphs = engine, multiple, {}
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.items = torch.ones((), device=device)
+        self.seed = torch.zeros((), dtype=torch.int64, device=device)
+        self.out, self.seconds = torch.zeros((), device=device), 0.0
 
-    def _fill(self, fixed, row): # `row` into the fixed places of a longer one; the rest is one more example without targets
+    def _fill(self, fixed, row): # `row` into the places of a longer one; the rest is one more example without targets
         n, m = len(row.input_ids), len(row.bounds)
-        for to, tensor, rest in (fixed.input_ids, row.input_ids, 0), (fixed.targets, row.targets, -100), (fixed.positions, row.positions, 0), (fixed.numbers, row.numbers, 0):
+        for to, tensor, rest in ((fixed.input_ids, row.input_ids, 0), (fixed.targets, row.targets, -100),
+                                 (fixed.positions, row.positions, 0), (fixed.numbers, row.numbers, 0)):
             to[:n].copy_(tensor, non_blocking=True); to[n:] = rest
-        fixed.bounds[:m].copy_(row.bounds, non_blocking=True); fixed.bounds[m:] = n; fixed.bounds[-1] = len(fixed.input_ids)
+        fixed.bounds[:m].copy_(row.bounds, non_blocking=True)
+        fixed.bounds[m:] = n
+        fixed.bounds[-1] = len(fixed.input_ids)
 
     def _record(self, length):
-        start, plan, new = time.perf_counter(), self.engine.plan, lambda n: torch.zeros(n, dtype=torch.int64, device=self.engine.device)
-        bounds = (torch.arange(plan.examples + 2) * plan.longest).clamp(max=length).int().to(self.engine.device); bounds[-1] = length
+        start, plan = time.perf_counter(), self.engine.plan
+        new = lambda n: torch.zeros(n, dtype=torch.int64, device=self.engine.device)
+        bounds = (torch.arange(plan.examples + 2) * plan.longest).clamp(max=length).int().to(self.engine.device)
+        bounds[-1] = length
         fixed = Row(new(length), new(length) - 100, new(length), new(length), bounds, [plan.longest], [0])
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -393,7 +426,10 @@ def make_engine(
     "The fastest way to a step of this model on this machine."
     plan = plan_memory(model, recipe)
     if fits_llama(model): return FusedLlama(model, plan)
-    if plan.recompute: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}); model.enable_input_require_grads()
+    if plan.recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
     engine = PackedModel(model)
-    engine.flat, engine.plan, engine.varlen = FlatParameters(p for p in model.parameters() if p.requires_grad), plan, has_varlen(model.device, model.dtype)
+    engine.flat, engine.plan = FlatParameters(p for p in model.parameters() if p.requires_grad), plan
+    engine.varlen = has_varlen(model.device, model.dtype)
     return engine

@@ -8,7 +8,8 @@ import gc, math, os, resource, shutil, time, zipfile
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from dataclasses import replace
 from pathlib import Path
-from .config import ConfigError, DollyError, Recipe, environment, read_json, start_run, write_json, write_text
+from .config import (ConfigError, DollyError, Recipe, environment, read_json, start_run, write_json,
+                               write_text)
 import torch, transformers
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
@@ -33,7 +34,8 @@ class DollyTrainer(SFTTrainer):
             make, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             flat = dict(params=[self.engine.flat.whole], weight_decay=self.args.weight_decay)
             self.optimizer = make([flat], **kwargs)
-            self.model.zero_grad = lambda *args, **kwargs: None  # `flat.start` does it; the library's walks over all modules
+            # `flat.start` does it; the library's walks over all modules
+            self.model.zero_grad = lambda *args, **kwargs: None
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -47,7 +49,8 @@ class DollyTrainer(SFTTrainer):
         if world > 1: torch.distributed.all_reduce(flat.grad)
         return loss / scale * world                    # the Trainer averages over processes
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
+                        metric_key_prefix="eval"):
         rows = [(self.engine.loss(r, 1), (r.targets != -100).sum()) for batch in dataloader for r in batch["rows"]]
         nll, tokens = (self._summed(sum(column)) for column in zip(*rows))
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": float(nll / tokens)}, len(dataloader.dataset))
@@ -57,7 +60,8 @@ class DollyTrainer(SFTTrainer):
         if self.args.world_size > 1: torch.distributed.all_reduce(x)
         return x
 
-    def _clip_grad_norm(self, model): return self.accelerator.clip_grad_norm_([self.engine.flat.whole], self.args.max_grad_norm)
+    def _clip_grad_norm(self, model):
+        return self.accelerator.clip_grad_norm_([self.engine.flat.whole], self.args.max_grad_norm)
     def floating_point_ops(self, inputs): return 0
     def create_model_card(self, *args, **kwargs): pass
 
@@ -69,7 +73,8 @@ def collate(
     "The rows of a batch."
     lengths = [len(e["input_ids"]) for e in examples]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    return dict(rows=[pack([examples[i] for i in r], [starts[i] for i in r]) for r in share_out(lengths, token_budget)])
+    return dict(rows=[pack([examples[i] for i in r], [starts[i] for i in r])
+                      for r in share_out(lengths, token_budget)])
 
 # %% ../nbs/02_train.ipynb #5bfff79b
 class Progress(TrainerCallback):
@@ -111,11 +116,15 @@ def training_arguments(
     if recipe.batch_size % world:
         raise ConfigError(f"batch_size={recipe.batch_size} cannot be shared by {world} processes: choose a multiple")
     return SFTConfig(
-        output_dir=str(Path(run_dir) / "checkpoints"), num_train_epochs=recipe.epochs, max_steps=recipe.max_steps or -1,
-        per_device_train_batch_size=recipe.batch_size // world, per_device_eval_batch_size=64, remove_unused_columns=False,
+        output_dir=str(Path(run_dir) / "checkpoints"),
+        num_train_epochs=recipe.epochs, max_steps=recipe.max_steps or -1,
+        per_device_train_batch_size=recipe.batch_size // world, per_device_eval_batch_size=64,
+        remove_unused_columns=False,
         gradient_accumulation_steps=1, gradient_checkpointing=False, max_grad_norm=recipe.max_grad_norm,
-        learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", warmup_steps=recipe.warmup_ratio, weight_decay=recipe.weight_decay,
-        optim=recipe.optimizer if cuda else "adamw_torch", bf16=False, fp16=dtype == torch.float16,  # a bf16 model needs no autocast
+        learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", warmup_steps=recipe.warmup_ratio,
+        weight_decay=recipe.weight_decay,
+        optim=recipe.optimizer if cuda else "adamw_torch",
+        bf16=False, fp16=dtype == torch.float16,  # a bf16 model needs no autocast
         eval_strategy="steps", eval_steps=recipe.eval_steps, eval_on_start=not resuming,
         save_strategy="steps", save_steps=recipe.eval_steps, save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
@@ -127,8 +136,10 @@ def training_arguments(
 def _whole(folder):
     "Can every file of a checkpoint be read to its end?"
     try:
-        with safe_open(folder / "adapter_model.safetensors", "pt") as f: sizes = [f.get_slice(k).get_shape() for k in f.keys()]
-        names = ["optimizer.pt", "scheduler.pt", "rng_state.pth"] + ["scaler.pt"] * (folder / "scaler.pt").exists()  # fp16 alone has that one
+        with safe_open(folder / "adapter_model.safetensors", "pt") as f:
+            sizes = [f.get_slice(k).get_shape() for k in f.keys()]
+        names = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+        if (folder / "scaler.pt").exists(): names.append("scaler.pt")  # fp16 alone has one
         archives = [zipfile.ZipFile(folder / n).testzip() for n in names]
         return bool(sizes) and not any(archives) and bool(read_json(folder / "trainer_state.json")["log_history"])
     except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile): return False
@@ -156,8 +167,9 @@ def summarise(
     seconds, steps = rows[-1]["train_s"], trainer.state.global_step
     tokens = counts["tokens"] * trainer.state.epoch
     summary = dict(steps=steps, epochs=trainer.state.epoch, train_seconds=seconds, seconds_per_step=seconds / steps,
-                   real_tokens=round(tokens), real_tokens_per_second=tokens / seconds, first_validation_loss=validation[0]["eval_loss"],
-                   best_validation_loss=best["eval_loss"], best_step=best["step"], **facts)
+                   real_tokens=round(tokens), real_tokens_per_second=tokens / seconds,
+                   first_validation_loss=validation[0]["eval_loss"], best_validation_loss=best["eval_loss"],
+                   best_step=best["step"], **facts)
     return dict(summary=summary, log=log, validation=validation, environment=environment())
 
 def model_card(
@@ -188,7 +200,8 @@ def train(
     data = {name: encode_split(splits[name], tokenizer, recipe) for name in ("train", "val")}
     for name, (rows, _) in data.items():
         if not len(rows):
-            raise DollyError(f"no {name} example has room for a response within {recipe.max_length} tokens: set a larger max_length")
+            raise DollyError(f"no {name} example has room for a response within {recipe.max_length} tokens: "
+                             f"set a larger max_length")
     now, shrink = recipe, 1
     while True:
         try: trainer, facts = _fit(now, run_dir, tokenizer, data, log, shrink); break
@@ -198,7 +211,9 @@ def train(
         gc.collect(); torch.cuda.empty_cache()
         if now.memory == "auto": now = replace(now, memory="frugal")
         elif shrink < 16: shrink *= 2
-        else: raise DollyError(f"out of GPU memory with rows of one example: set memory=frugal or a max_length below {recipe.max_length}")
+        else:
+            raise DollyError(f"out of GPU memory with rows of one example: "
+                             f"set memory=frugal or a max_length below {recipe.max_length}")
         how = "activations are computed again" if shrink == 1 else f"rows are cut to 1/{shrink}"
         log(f"out of memory: again from the last checkpoint, {how}; still {recipe.batch_size} examples a step")
     lengths = [len(i) for i in data["train"][0]["input_ids"]]
@@ -228,7 +243,8 @@ def _fit(recipe, run_dir, tokenizer, data, log, shrink):
     engine = trainer.engine = make_engine(model, recipe)
     engine.plan = replace(engine.plan, token_budget=engine.plan.token_budget // shrink)
     log(str(engine.plan))
-    log(f"{type(engine).__name__}, attention {'over whole rows (varlen)' if engine.varlen else 'example by example (sdpa)'}")
+    log(f"{type(engine).__name__}, "
+        f"attention {'over whole rows (varlen)' if engine.varlen else 'example by example (sdpa)'}")
     if resume: log(f"resuming from {resume.name}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer, _facts(engine, model, resume)
@@ -236,16 +252,17 @@ def _fit(recipe, run_dir, tokenizer, data, log, shrink):
 def _facts(engine, model, resume): # what the history says besides the curves
     cuda, graphs = torch.cuda.is_available(), getattr(engine, "graphs", None)
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return dict(peak_memory_gib=peak / 2**30, trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-                resumed_from=resume and int(resume.name.split("-")[1]), engine=type(engine).__name__, memory=str(engine.plan),
-                token_budget=engine.plan.token_budget, graphs=len(graphs.graphs) if graphs else 0,
-                graph_seconds=graphs.seconds if graphs else 0.0)
+    return dict(peak_memory_gib=peak / 2**30,
+                trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                resumed_from=resume and int(resume.name.split("-")[1]),
+                engine=type(engine).__name__, memory=str(engine.plan), token_budget=engine.plan.token_budget,
+                graphs=len(graphs.graphs) if graphs else 0, graph_seconds=graphs.seconds if graphs else 0.0)
 
 def _check_disk(run_dir, need=2 * 2**30):
     free = shutil.disk_usage(run_dir).free
     if free < need:
-        raise DollyError(f"only {free / 2**30:.1f} GiB free for {Path(run_dir).name}: a run's checkpoints want {need / 2**30:.0f} GiB; "
-                         "free some or give another run_dir")
+        raise DollyError(f"only {free / 2**30:.1f} GiB free for {Path(run_dir).name}: "
+                         f"a run's checkpoints want {need / 2**30:.0f} GiB; " "free some or give another run_dir")
 
 # %% ../nbs/02_train.ipynb #60a1e007
 def plot_history(

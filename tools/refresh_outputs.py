@@ -26,7 +26,7 @@ def clean(output):
             data[kind] = re.sub(r"\bT_[0-9a-f]{5}", "T", re.sub(r" at 0x[0-9a-f]+", "", text))
     if "text/html" in data and "image/png" not in data:
         data["text/plain"] = "(a table or a styled text)"
-    output.metadata = {}
+    output.metadata = {kind: dict(alt=m["alt"]) for kind, m in output.metadata.items() if isinstance(m, dict) and "alt" in m}   # of figures
     return output
 
 
