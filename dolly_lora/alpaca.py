@@ -20,18 +20,21 @@ __all__ = ['REFERENCE', 'OFFICIAL', 'OWN_PROMPT', 'load_reference', 'load_instru
 
 # %% ../nbs/03c_alpaca.ipynb #03c005
 REFERENCE = "gpt4_1106_preview"
-OFFICIAL = (f"https://github.com/tatsu-lab/alpaca_eval/raw/cd543a149d/results/{REFERENCE}/model_outputs.json",
-            "83db546b872ddebee8965fd05fa48461ee3c32bc695c62fb57f2d214ff741ec4")
+OFFICIAL = (
+    f"https://github.com/tatsu-lab/alpaca_eval/raw/cd543a149d/results/{REFERENCE}/model_outputs.json",
+    "83db546b872ddebee8965fd05fa48461ee3c32bc695c62fb57f2d214ff741ec4")
 
 def _read(source, fields):
     "The entries of a .json or .json.xz list, each with those strings."
     path = project_root() / source
     try:
-        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as f: rows = json.load(f)
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as f:
+            rows = json.load(f)
     except OSError:
         raise DataError(f"cannot read {short_path(path)}: give the path of the official file (.json, "
                         f".json.xz) or `official`") from None
-    except json.JSONDecodeError as e: raise DataError(f"{path.name} line {e.lineno}: not JSON ({e.msg})") from None
+    except json.JSONDecodeError as e:
+        raise DataError(f"{path.name} line {e.lineno}: not JSON ({e.msg})") from None
     except (UnicodeDecodeError, lzma.LZMAError):
         raise DataError(f"{path.name}: not UTF-8, or not what its ending says") from None
     if not isinstance(rows, list) or not rows: raise DataError(f"{path.name}: expected a list of objects")
@@ -45,14 +48,16 @@ def load_reference(
     source: str | Path = "official", # path of model_outputs.json (or .json.xz), or `official`: downloaded once, CC BY-NC 4.0
 ) -> list[dict]: # dataset, instruction, output, generator; `DataError` for a file of another kind
     "The reference model's answers, in the official order."
-    return _read(fetch(*OFFICIAL) if source == "official" else source, ("instruction", "output", "generator"))
+    return _read(fetch(*OFFICIAL) if source == "official" else source,
+                 ("instruction", "output", "generator"))
 
 def load_instructions(
     source: str | Path = "sample", # path (.json, .json.xz), `official` (downloaded once, CC BY-NC 4.0) or `sample`
 ) -> list[dict]: # dataset and instruction; `DataError` names file and entry
     "AlpacaEval's instructions, in their order."
     if source == "official": rows = load_reference()
-    else: rows = _read(sample_path("alpaca_sample.json") if source == "sample" else source, ("instruction",))
+    else:
+        rows = _read(sample_path("alpaca_sample.json") if source == "sample" else source, ("instruction",))
     return [dict(dataset=r.get("dataset", "unknown"), instruction=r["instruction"]) for r in rows]
 
 # %% ../nbs/03c_alpaca.ipynb #03c009
@@ -76,9 +81,11 @@ def judge_prompt(
                          "or give the path of alpaca_eval_clf.txt")
     inside = "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
     path = Path(source or f"{spec.submodule_search_locations[0]}/{inside}")
-    if not path.is_file(): raise DataError(f"no file at {short_path(path)}: give the path of alpaca_eval_clf.txt")
+    if not path.is_file():
+        raise DataError(f"no file at {short_path(path)}: give the path of alpaca_eval_clf.txt")
     messages = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", path.read_text(encoding="utf-8"), re.S)
-    if not all("{%s}" % k in "".join(t for _, t in messages) for k in ("instruction", "output_1", "output_2")):
+    if not all("{%s}" % k in "".join(t for _, t in messages)
+               for k in ("instruction", "output_1", "output_2")):
         raise DataError(f"{path.name}: not a judge prompt in chat markup with {{instruction}}, "
                         f"{{output_1}} and {{output_2}}")
     return tuple((role, text.strip()) for role, text in messages)
@@ -126,8 +133,9 @@ def _annotation(a, b, annotator, second, swapped):
     "One row, from p(second is better) as asked and with the answers swapped."
     orders = [second, None if swapped is None else 1 - swapped]
     return dict(instruction=b["instruction"], dataset=b.get("dataset", "unknown"), output_1=a["output"],
-                generator_1=a["generator"], output_2=b["output"], generator_2=b["generator"], annotator=annotator,
-                preference=None if None in orders else 1 + sum(orders) / 2, orders=orders)
+                generator_1=a["generator"], output_2=b["output"], generator_2=b["generator"],
+                annotator=annotator, preference=None if None in orders else 1 + sum(orders) / 2,
+                orders=orders)
 
 # %% ../nbs/03c_alpaca.ipynb #03c021
 def compare(
@@ -149,10 +157,12 @@ def compare(
     questions = [pair_question(a["instruction"], x["output"], y["output"], template)
                  for a, b in pairs for x, y in ((a, b), (b, a))]
     p = [second_is_better(r, q.choices) for q, r in zip(questions, ask(judge, questions, path, log=log))]
-    rows = [_annotation(a, b, judge.name, second, first) for (a, b), second, first in zip(pairs, p[::2], p[1::2])]
+    rows = [_annotation(a, b, judge.name, second, first)
+            for (a, b), second, first in zip(pairs, p[::2], p[1::2])]
     invalid = sum(r["preference"] is None for r in rows)
     if invalid:
-        log(f"{invalid} of {len(rows)} pairs without a valid reply in both orders: they count for neither side")
+        log(f"{invalid} of {len(rows)} pairs without a valid reply in both orders: "
+            f"they count for neither side")
     return rows
 
 # %% ../nbs/03c_alpaca.ipynb #03c027
@@ -181,12 +191,14 @@ def _table(annotations, positional=False):
         raise DataError(f"annotations: {', '.join(columns)} have to be texts")
     for who in "generator_1", "generator_2":
         if table[who].nunique() > 1:
-            raise DataError(f"annotations with {table[who].nunique()} names under {who}: score one model at a time")
+            raise DataError(f"annotations with {table[who].nunique()} names under {who}: "
+                            f"score one model at a time")
     # 0 is how older files write a tie
     p = pd.to_numeric(table.preference, errors="coerce").astype(float).replace(0.0, 1.5) - 1
     table = table.assign(p=p.where(p.between(0, 1)))
     if not table.p.notna().any():
-        raise DataError(f"none of {len(table)} annotations has a preference from 1 to 2: look at the judge's replies")
+        raise DataError(f"none of {len(table)} annotations has a preference from 1 to 2: "
+                        f"look at the judge's replies")
     if positional: return table
     def key(i):
         text = table.instruction.iloc[i]; at = official_position(text)
@@ -203,7 +215,8 @@ def fit_glm(
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold
     # the name changed in 1.8
-    l1 = dict(penalty="l1") if LogisticRegression().get_params().get("penalty") == "l2" else dict(l1_ratio=1.0)
+    l1 = (dict(penalty="l1") if LogisticRegression().get_params().get("penalty") == "l2"
+          else dict(l1_ratio=1.0))
     rows, wins, soft = np.concatenate([x, x]), np.repeat([1, 0], len(x)), np.concatenate([p, 1 - p])
     def fit(i, c, rng):
         model = LogisticRegression(C=c, solver="liblinear", fit_intercept=False, random_state=rng, **l1)
@@ -219,6 +232,7 @@ def fit_glm(
         losses += [loss(held_out, fit(train, c, rng)) for c in strengths]
     return fit(slice(None), strengths[losses.argmin()], seed())
 
+# %% ../nbs/03c_alpaca.ipynb #03c03617
 def _sigmoid(z): return np.exp(-np.logaddexp(0, -z))
 
 # %% ../nbs/03c_alpaca.ipynb #03c039
@@ -234,6 +248,7 @@ def _csv(source, columns):
     if lost: raise DataError(f"no column `{lost[0]}`: give {columns[-1]}")
     return table
 
+# %% ../nbs/03c_alpaca.ipynb #03c03911
 def _difficulties(table, difficulty, positional):
     if isinstance(difficulty, Mapping): known, at = difficulty, table.instruction
     else:
@@ -245,7 +260,8 @@ def _difficulties(table, difficulty, positional):
     found = np.array([known.get(i, np.nan) for i in at], dtype=float)
     lost = table.instruction[np.isnan(found)]
     if len(lost):
-        raise Refused(f"{len(lost)} of {len(table)} instructions have no difficulty, the first {lost.iloc[0][:60]!r}")
+        raise Refused(f"{len(lost)} of {len(table)} instructions have no difficulty, "
+                      f"the first {lost.iloc[0][:60]!r}")
     return found
 
 # %% ../nbs/03c_alpaca.ipynb #03c042
@@ -262,14 +278,16 @@ def length_controlled(
     if who != REFERENCE:
         raise Refused(f"the reference is {who}: difficulties and gamed rows exist for {REFERENCE} only")
     if difficulty is None or gamed is None:
-        raise Refused("needs instruction_difficulty.csv and df_gamed.csv (hub data set tatsu-lab/alpaca_eval)")
+        raise Refused(
+            "needs instruction_difficulty.csv and df_gamed.csv (hub data set tatsu-lab/alpaca_eval)")
     twice = 0 if positional else table.instruction.duplicated().sum()
     if twice: raise Refused(f"{twice} instructions stand twice: remove the copies")
     if (table.p[ok] - 0.5).abs().max() < 0.01:
         raise Refused("every verdict is a tie within 0.01: there is nothing to fit")
     delta = table.output_1.str.len() - table.output_2.str.len()
     if not delta.std() > 0:
-        raise Refused("all pairs differ by the same number of characters: an effect of length cannot be seen")
+        raise Refused("all pairs differ by the same number of characters: "
+                      "an effect of length cannot be seen")
     own = np.column_stack([np.tanh(delta / delta.std()), _difficulties(table, difficulty, positional),
                            np.ones(len(table))])
     g = _csv(gamed, ("preference", "std_delta_len", "instruction_difficulty", "df_gamed.csv"))
@@ -290,10 +308,10 @@ def score(
     "Win rate and length-controlled win rate of output_2 over output_1."
     table = _table(annotations, positional)
     p = table.p.dropna()
-    result = dict(win_rate=100 * float(p.mean()), standard_error=100 * float(p.sem()) if len(p) > 1 else None,
-                  n_wins=int((p > 0.5).sum()), n_wins_base=int((p < 0.5).sum()), n_draws=int((p == 0.5).sum()),
-                  n_total=len(p), discrete_win_rate=100 * float(p.round().where(p != 0.5, 0.5).mean()),
-                  avg_length=int(table.output_2.str.len().mean()))
+    result = dict(win_rate=100 * float(p.mean()), standard_error=100 * float(p.sem()) if len(p) > 1
+                  else None, n_wins=int((p > 0.5).sum()), n_wins_base=int((p < 0.5).sum()),
+                  n_draws=int((p == 0.5).sum()), n_total=len(p), discrete_win_rate=100 * float(
+            p.round().where(p != 0.5, 0.5).mean()), avg_length=int(table.output_2.str.len().mean()))
     try: return result | length_controlled(table, difficulty, gamed, positional)
     except Refused as e:
         return result | dict(length_controlled_winrate=None, lc_standard_error=None, lc_refused=str(e))
@@ -307,7 +325,8 @@ def length_control_files() -> tuple: # paths of instruction_difficulty.csv and d
                  for name in ("instruction_difficulty.csv", "df_gamed.csv")]
     except (OSError, ValueError): return None, None
     if not hashlib.sha256(Path(paths[1]).read_bytes()).hexdigest().startswith("97aeec3f"):
-        raise DollyError("df_gamed.csv of tatsu-lab/alpaca_eval is not the file that AlpacaEval 2 was published with")
+        raise DollyError(
+            "df_gamed.csv of tatsu-lab/alpaca_eval is not the file that AlpacaEval 2 was published with")
     return tuple(paths)
 
 # %% ../nbs/03c_alpaca.ipynb #03c051

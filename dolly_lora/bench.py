@@ -32,11 +32,13 @@ def step_flops(
 ) -> float: # FLOP of forward and backward pass
     "The arithmetic of a QLoRA step."
     d, ff, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    q = config.num_attention_heads * (size := getattr(config, "head_dim", None) or d // config.num_attention_heads)
+    q = config.num_attention_heads * (size := getattr(config, "head_dim", None)
+                                      or d // config.num_attention_heads)
     kv = config.num_key_value_heads * size
     shapes = [(d, q), (d, kv), (d, kv), (q, d), (d, ff), (d, ff), (ff, d)]
     token = layers * sum(4 * i * o + 6 * r * (i + o) for i, o in shapes)
-    return token * sum(lengths) + 7 * layers * q * sum(n * n for n in lengths) + 4 * config.vocab_size * d * learnt
+    return (token * sum(lengths) + 7 * layers * q * sum(n * n for n in lengths)
+            + 4 * config.vocab_size * d * learnt)
 
 # %% ../nbs/02d_bench.ipynb #02d008
 def matrix_rate(
@@ -87,6 +89,7 @@ def _stock_trainer(recipe, args, data):
     return SFTTrainer(model=add_lora(base, recipe), args=args, processing_class=load_tokenizer(recipe),
                       train_dataset=data)
 
+# %% ../nbs/02d_bench.ipynb #i1776313
 def _trainer(way, recipe, folder, data):
     "A trainer over `data` in its order, and its model."
     args = replace(training_arguments(recipe, folder, True), train_sampling_strategy="sequential",
@@ -118,9 +121,9 @@ class _Clock(TrainerCallback):
                 self.profiler.start()
         elif state.global_step == state.max_steps and self.profiler: self.profiler.stop()
 
-_KINDS = [("NF4 to bf16", r"[Dd]equant"), ("optimizer", r"[Oo]ptimizer|adam"),
-          ("attention", r"flash|fmha|attention|softmax_warp"), ("LoRA", r"^_down|^_up|^_outer|^_accumulate"),
-          ("matrix products", r"nvjet|gemm|cutlass|splitK|gemv|kernel2"), ("element-wise and the rest", r"")]
+_KINDS = [("NF4 to bf16", r"[Dd]equant"), ("optimizer", r"[Oo]ptimizer|adam"), ("attention",
+    r"flash|fmha|attention|softmax_warp"), ("LoRA", r"^_down|^_up|^_outer|^_accumulate"), (
+        "matrix products", r"nvjet|gemm|cutlass|splitK|gemv|kernel2"), ("element-wise and the rest", r"")]
 
 def kernel_kind(
     name: str, # of a CUDA kernel
@@ -160,14 +163,19 @@ def measure(
     `full_recipe_min` (3 epochs of 12,009 examples), `graph_s` (recording graphs), `gpu_s` (seconds by kind of kernel)."""
     gc.collect(); torch.cuda.empty_cache()
     if torch.cuda.is_available(): torch._C._cuda_clearCublasWorkspaces()
-    before = torch.cuda.memory_allocated() / 2**30  # whatever an earlier way has left behind is not this one's
+    # whatever an earlier way has left behind is not this one's
+    before = torch.cuda.memory_allocated() / 2**30
     size = recipe.batch_size; steps = len(data) // size
-    warm, profiled = (min(2, steps), 1) if way == "stock" else (steps, min(2, steps))  # a stock step fills a profiler
+    # a stock step fills a profiler
+    warm, profiled = (min(2, steps), 1) if way == "stock" else (steps, min(2, steps))
     clock = _Clock(warm, warm + steps)
     trainer = _run(way, recipe, data, clock, warm, profiled)
-    lengths, learnt = [len(e) for e in data["input_ids"]], sum(l != -100 for e in data["labels"] for l in e[1:])
-    second, flops = clock.seconds / steps, step_flops(trainer.model.config, recipe.lora_r, lengths, learnt) / steps
-    share = sum(lengths) / sum(lengths[:profiled * size]) / steps  # profiled steps are not quite of average length
+    lengths = [len(e) for e in data["input_ids"]]
+    learnt = sum(l != -100 for e in data["labels"] for l in e[1:])
+    second = clock.seconds / steps
+    flops = step_flops(trainer.model.config, recipe.lora_r, lengths, learnt) / steps
+    # profiled steps are not quite of average length
+    share = sum(lengths) / sum(lengths[:profiled * size]) / steps
     graphs = getattr(getattr(trainer, "engine", None), "graphs", None)
     if way == "auto": way = "frugal" if trainer.engine.plan.recompute else "speed"
     return dict(name=way, base=recipe.base, batch_size=size, s_per_step=second,
@@ -188,19 +196,21 @@ def bench(
         if p not in WAYS: raise ConfigError(f"no way {p!r} to do a step{_suggest(p, WAYS)}")
     tokenizer = load_tokenizer(recipe)
     rows = split(clean(load_dolly(recipe.dataset))[0], recipe)["train"]
-    rows = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()]
+    rows = [rows[i] for i in torch.randperm(len(rows),
+                                            generator=torch.Generator().manual_seed(recipe.seed)).tolist()]
     data, _ = encode_split(rows[:int(1.1 * steps * recipe.batch_size) + 16], tokenizer, recipe)
     steps = min(steps, len(data) // recipe.batch_size)
     if not steps:
-        raise DollyError(f"{recipe.dataset}: {len(data)} records are fewer than a step of {recipe.batch_size}: "
-                         f"give a larger dataset")
+        raise DollyError(f"{recipe.dataset}: {len(data)} records are fewer than a step of "
+                         f"{recipe.batch_size}: give a larger dataset")
     data = data.select(range(steps * recipe.batch_size))
     rate, table = matrix_rate(8192 if torch.cuda.is_available() else 1024), []
     for way in [p for p in peers if p != recipe.memory] + [recipe.memory]:
         row = measure(way, recipe, data, rate)
         table.append(row | dict(model=MODELS.get(recipe.base, recipe.base),
                                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-                                tokens_per_step=sum(map(len, data["input_ids"])) / steps, matrix_tflops=rate / 1e12))
+                                tokens_per_step=sum(map(len, data["input_ids"])) / steps,
+                                matrix_tflops=rate / 1e12))
         log(table[-1])
     return table
 
@@ -236,7 +246,8 @@ def _time_answers(way, slots, model, tokenizer, encoded, new_tokens): # seconds,
         with torch.inference_mode():
             out = dict(way(model, tokenizer, encoded, zeros[:, 0], zeros, n, slots, range(len(encoded))))
         seconds = time.perf_counter() - start
-    return seconds, sum(map(len, out.values())), torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+    return (seconds, sum(map(len, out.values())), torch.cuda.max_memory_allocated() / 2**30 if on_gpu
+            else None)
 
 # %% ../nbs/02d_bench.ipynb #i9712277
 def bench_generate(
@@ -260,7 +271,7 @@ def bench_generate(
                  prompt_tokens=sum(lengths), new_tokens=new_tokens, floor_s=floor)
     for name, (way, slots) in GENERATE_WAYS.items():
         seconds, made, peak = _time_answers(way, slots, model, endless, encoded, new_tokens)
-        table.append(dict(name=name, slots=min(slots, len(encoded)), seconds=seconds, tok_per_s=made / seconds,
-                          peak_gib=peak) | about)
+        table.append(dict(name=name, slots=min(slots, len(encoded)), seconds=seconds,
+                          tok_per_s=made / seconds, peak_gib=peak) | about)
         log(table[-1])
     return table

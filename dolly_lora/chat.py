@@ -58,7 +58,8 @@ class Turn:
         said = [f"{self.which}: {len(self.ids)} tokens, {speed}"]
         if self.stopped: said.append("stopped")
         if self.cut:
-            said.append(f"{self.cut} earlier turn{'s were' if self.cut > 1 else ' was'} too much and left out")
+            said.append(
+                f"{self.cut} earlier turn{'s were' if self.cut > 1 else ' was'} too much and left out")
         if self.beside: said.append(self.beside.note)
         return "; ".join(said)
 
@@ -69,8 +70,8 @@ def _sampler(prompt, s, device): # None at temperature 0
     "What `generate` does to the logits, so that it draws what 03a_generate would."
     if not s["temperature"] > 0: return None
     draws = torch.tensor(uniform_draws(prompt, s["seed"], s["max_new_tokens"]), device=device)[None]
-    return LogitsProcessorList([TemperatureLogitsWarper(float(s["temperature"])), TopPLogitsWarper(float(s["top_p"])),
-                                ChooseToken(torch.ones(1, device=device), draws)])
+    return LogitsProcessorList([TemperatureLogitsWarper(float(s["temperature"])), TopPLogitsWarper(
+                float(s["top_p"])), ChooseToken(torch.ones(1, device=device), draws)])
 
 def _speaking(model, which):
     "The adapter off while the base speaks."
@@ -118,7 +119,9 @@ def stream_answer(
         try: text += next(streamer)
         except StopIteration: thread.join(); break  # the adapter is as it was
         except queue.Empty:  # nothing new
-            if stop.is_set() or not thread.is_alive() and streamer.text_queue.empty(): thread.join(0.5); break
+            if stop.is_set() or not thread.is_alive() and streamer.text_queue.empty():
+                thread.join(0.5)
+                break
             continue
         turn.ids, turn.seconds = ids[:], time.monotonic() - start
         if text.strip() != turn.answer: turn.answer = text.strip(); yield turn.answer
@@ -188,7 +191,8 @@ def _run(self: Chat, prompt, turns, keep, stop):
     self.turn, whole = turns[-1], False
     try:
         for turn in turns:
-            for answer in stream_answer(self.model, self.tokenizer, prompt, turn, stop): yield turn.which, answer
+            for answer in stream_answer(self.model, self.tokenizer, prompt, turn, stop):
+                yield turn.which, answer
             if stop.is_set(): break
         whole = True
     except (GeneratorExit, KeyboardInterrupt): stop.set(); whole = True; raise  # the reader has left
@@ -229,7 +233,8 @@ def regenerate(self: Chat):
 @patch
 def edit_last(self: Chat, text: str): # in place of the last question
     "Replace the last turn; yields the growing answer."
-    return (answer for _, answer in self._answer(text, self.which, max(0, len(self.history) - 1), self.seed))
+    return (answer
+            for _, answer in self._answer(text, self.which, max(0, len(self.history) - 1), self.seed))
 
 @patch
 def undo(self: Chat) -> str: # its question
@@ -266,7 +271,8 @@ def save(self: Chat,
     "Write the conversation with model, adapter, seed and settings."
     self.last  # something has been said
     path = Path(path).expanduser()
-    if path.suffix == ".jsonl": text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in _rows(self))
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in _rows(self))
     elif path.suffix == ".md": text = _markdown_of(self)
     else: raise DollyError(f"cannot save as {path.name!r}: give a name that ends in .jsonl or .md")
     try: write_text(path, text)
@@ -298,7 +304,8 @@ def render(
         return f'<div class="dl-answer dl-{t.which}"><p class="dl-who">{t.which}</p>{text}{mark}</div>'
     def whole(t):
         answers = (answer(t.beside) if t.beside else "") + answer(t)
-        return f'<div class="dl-user">{html.escape(t.question)}</div><div class="dl-answers">{answers}</div>'
+        return (f'<div class="dl-user">{html.escape(t.question)}</div>'
+                f'<div class="dl-answers">{answers}</div>')
     return "".join(map(whole, turns))
 
 # %% ../nbs/04_chat.ipynb #ccbcbd05
@@ -330,7 +337,8 @@ STYLE += """<style>
 .dl-line > *, .dl-line .widget-html-content { overflow-y: auto; line-height: 18px; }
 .dl-error { color: var(--jp-error-color1, #b00020); }
 </style>"""
-EXAMPLES = ["Give me three ideas for a rainy Sunday.", "Why is the sky blue?", "Write a haiku about a lighthouse."]
+EXAMPLES = ["Give me three ideas for a rainy Sunday.", "Why is the sky blue?",
+            "Write a haiku about a lighthouse."]
 
 # %% ../nbs/04_chat.ipynb #c69a7d0e
 class ChatUI:
@@ -357,18 +365,20 @@ def _fields(self: ChatUI):
     chat, L, narrow = self.chat, w.Layout, {"description_width": "initial"}
     self.which = w.Dropdown(options=["tuned", "base"], value="base" if chat.which == "base" else "tuned",
                             description="Model", disabled=not chat.has_adapter, layout=L(width="200px"))
-    self.compare = w.Checkbox(value=chat.which == "both", description="Compare base and tuned", indent=False,
-                              disabled=not chat.has_adapter, layout=L(width="auto"))
+    self.compare = w.Checkbox(value=chat.which == "both", description="Compare base and tuned",
+                              indent=False, disabled=not chat.has_adapter, layout=L(width="auto"))
     self.system = w.Textarea(value=chat.system, description="System", rows=2, layout=L(width="auto"),
-                             placeholder="A wish for the whole conversation, for instance: Answer in one sentence.")
-    self.temperature = w.BoundedFloatText(value=chat.temperature, min=0, max=2, step=0.1, description="Temperature",
-                                          style=narrow, layout=L(width="170px"))
+                             placeholder="A wish for the whole conversation, for instance: "
+                             "Answer in one sentence.")
+    self.temperature = w.BoundedFloatText(value=chat.temperature, min=0, max=2, step=0.1,
+                                          description="Temperature", style=narrow, layout=L(width="170px"))
     self.top_p = w.BoundedFloatText(value=chat.top_p, min=0.05, max=1, step=0.05, description="Top-p",
                                     style=narrow, layout=L(width="120px"))
     self.seed = w.BoundedIntText(value=chat.seed, min=0, max=2**31 - 1, description="Seed",
                                  style=narrow, layout=L(width="120px"))
     self.length = w.BoundedIntText(value=chat.max_new_tokens, min=1, max=chat.max_tokens // 2,
-                                   description="Longest answer (tokens)", style=narrow, layout=L(width="250px"))
+                                   description="Longest answer (tokens)", style=narrow,
+                                   layout=L(width="250px"))
 
 # %% ../nbs/04_chat.ipynb #i1089480
 @patch
@@ -399,12 +409,11 @@ def _arrange(self: ChatUI):
                  "send stop regen undo edit clear export").split():
         getattr(self, name).add_class("dl-" + name.replace("_", "-"))
     def row(*widgets): return w.HBox(widgets, layout=w.Layout(flex_flow="row wrap"))
-    self.box = w.VBox([
-        w.HTML(STYLE, layout=w.Layout(display="none")),
-        row(self.which, self.compare), self.system, row(self.temperature, self.top_p, self.seed, self.length),
-        self.page, w.HBox([self.status, self.error]).add_class("dl-line"),
-        w.HBox([self.message, self.send, self.stop]),
-        row(self.regen, self.undo, self.edit, self.clear, self.export), row(*self.examples)]).add_class("dl-chat")
+    self.box = w.VBox([w.HTML(STYLE, layout=w.Layout(display="none")), row(self.which, self.compare),
+                       self.system, row(self.temperature, self.top_p, self.seed, self.length),
+                       self.page, w.HBox([self.status, self.error]).add_class("dl-line"),
+                       w.HBox([self.message, self.send, self.stop]), row(self.regen, self.undo, self.edit,
+        self.clear, self.export), row(*self.examples)]).add_class("dl-chat")
 
 # %% ../nbs/04_chat.ipynb #c14ed70f
 @patch
@@ -427,6 +436,7 @@ def _fail(self: ChatUI, e):
     text = str(e) if isinstance(e, DollyError) else f"{type(e).__name__}: {e}"
     self.error.value = f'<span role="alert">{html.escape(text)}</span>'
 
+# %% ../nbs/04_chat.ipynb #c14ed710
 @patch
 def _safely(self: ChatUI, action): # as a handler of whatever event
     def handler(*event):
@@ -448,8 +458,10 @@ def _start(self: ChatUI, begin, question): # `begin` gives the iterator of an an
     except BaseException: self.busy.release(); raise
     self.message.value, self.editing = "", False
     self._ready(busy=True); self._say("answering …")
-    self.worker = threading.Thread(target=self._work, args=(pieces, question), daemon=True); self.worker.start()
+    self.worker = threading.Thread(target=self._work, args=(pieces, question), daemon=True)
+    self.worker.start()
 
+# %% ../nbs/04_chat.ipynb #cc648113
 @patch
 def _work(self: ChatUI, pieces, question):
     shown = 0.0
@@ -469,7 +481,8 @@ def _connect(self: ChatUI):
     for b in self.examples: b.on_click(self._safely(functools.partial(self._ask, b.description)))
     enter = self._safely(self._send)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore"); self.message.on_submit(lambda _: threading.Timer(0.1, enter).start())
+        warnings.simplefilter("ignore")
+        self.message.on_submit(lambda _: threading.Timer(0.1, enter).start())
 
 @patch
 def _ask(self: ChatUI, text):

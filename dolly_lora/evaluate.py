@@ -35,14 +35,14 @@ def token_losses(
     order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]["input_ids"]))
     for at in range(0, len(order), batch_size):
         chunk = order[at:at + batch_size]
-        pad = lambda key, value: torch.nn.utils.rnn.pad_sequence([torch.tensor(encoded[i][key]) for i in chunk],
-            batch_first=True, padding_value=value).to(model.device)
+        pad = lambda key, value: torch.nn.utils.rnn.pad_sequence([torch.tensor(encoded[i][key])
+            for i in chunk], batch_first=True, padding_value=value).to(model.device)
         ids, labels = pad("input_ids", tokenizer.pad_token_id), pad("labels", -100)[:, 1:]
         lengths = torch.tensor([len(encoded[i]["input_ids"]) for i in chunk], device=model.device)
         mask = (torch.arange(ids.shape[1], device=model.device)[None] < lengths[:, None]).long()
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-        nll = torch.stack([torch.nn.functional.cross_entropy(l.float(), y, ignore_index=-100, reduction="sum")
-                           for l, y in zip(logits, labels)])
+        nll = torch.stack([torch.nn.functional.cross_entropy(l.float(), y, ignore_index=-100,
+            reduction="sum") for l, y in zip(logits, labels)])
         out[chunk, 0], out[chunk, 1] = nll.double().cpu().numpy(), (labels != -100).sum(1).cpu().numpy()
     return out
 
@@ -65,7 +65,8 @@ def loss_difference(
     drawn = rng.integers(0, len(base), (1000, len(base)))
     d = (tuned[drawn, 0].sum(1) - base[drawn, 0].sum(1)) / base[drawn, 1].sum(1)
     low, high = np.quantile(d, [0.025, 0.975])
-    return dict(difference=mean_loss(tuned)["loss"] - mean_loss(base)["loss"], low=float(low), high=float(high))
+    return dict(difference=mean_loss(tuned)["loss"] - mean_loss(base)["loss"], low=float(low),
+                high=float(high))
 
 # %% ../nbs/03_eval.ipynb #03e002
 def made_with(
@@ -76,8 +77,10 @@ def made_with(
     "What answers depend on, besides prompt and decoding."
     weights = Path(run_dir) / "adapter" / "adapter_model.safetensors"
     adapter = hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if name == "tuned" else None
-    return dict(model=recipe.base, revision=recipe.revision, load_in_4bit=recipe.load_in_4bit, adapter=adapter)
+    return dict(model=recipe.base, revision=recipe.revision, load_in_4bit=recipe.load_in_4bit,
+                adapter=adapter)
 
+# %% ../nbs/03_eval.ipynb #03e00216
 def answerer(
     model, tokenizer, # from `load_tuned` and `load_tokenizer`
     recipe: Recipe,   # decoding limits and seed
@@ -89,8 +92,8 @@ def answerer(
     rows, made = Rows(Path(run_dir) / "answers" / f"{name}.jsonl"), made_with(recipe, run_dir, name)
     def answer(prompts, temperatures=0.0, max_new_tokens=recipe.benchmark_tokens):
         with model.disable_adapter() if name == "base" else contextlib.nullcontext():
-            return generate(model, tokenizer, prompts, max_new_tokens, recipe.generation_batch_size, temperatures,
-                            recipe.seed, log, rows, made)
+            return generate(model, tokenizer, prompts, max_new_tokens, recipe.generation_batch_size,
+                            temperatures, recipe.seed, log, rows, made)
     return answer
 
 # %% ../nbs/03_eval.ipynb #62030a04
@@ -100,7 +103,8 @@ def fitting(
     recipe: Recipe,   # `max_length`
 ) -> list[dict]: # the records whose prompt leaves room for at least one token of the response
     "A model is asked what it could have been trained on: prompts within `max_length` tokens."
-    return [r for r, e in zip(rows, encode_all(rows, tokenizer, recipe.max_length)) if e["labels"][-1] != -100]
+    return [r for r, e in zip(rows, encode_all(rows, tokenizer, recipe.max_length))
+            if e["labels"][-1] != -100]
 
 # %% ../nbs/03_eval.ipynb #03e004
 def answer_test(
@@ -109,9 +113,11 @@ def answer_test(
     recipe: Recipe,     # `max_new_tokens`
 ) -> list[dict]: # instruction, context, category, reference, output, n_tokens, finished
     "Greedy answers to held-out prompts, beside their references."
-    answers = answer([build_prompt(r["instruction"], r["context"]) for r in rows], 0.0, recipe.max_new_tokens)
-    return [dict(instruction=r["instruction"], context=r["context"], category=r["category"], reference=r["response"],
-                 output=a.text, n_tokens=a.n_tokens, finished=a.finished) for r, a in zip(rows, answers)]
+    answers = answer([build_prompt(r["instruction"], r["context"]) for r in rows], 0.0,
+                     recipe.max_new_tokens)
+    return [dict(instruction=r["instruction"], context=r["context"], category=r["category"],
+                 reference=r["response"], output=a.text, n_tokens=a.n_tokens, finished=a.finished)
+            for r, a in zip(rows, answers)]
 
 # %% ../nbs/03_eval.ipynb #39dafd35
 def rouge_l(
@@ -127,9 +133,9 @@ def answer_metrics(
 ) -> dict: # rouge_l and finished in percent, mean_words, mean_reference_words, answers
     "What can be counted about answers without a judge."
     words = lambda key: float(np.mean([len(r[key].split()) for r in rows]))
-    return dict(answers=len(rows), rouge_l=rouge_l([r["output"] for r in rows], [r["reference"] for r in rows]),
-                finished=100 * float(np.mean([r["finished"] for r in rows])), mean_words=words("output"),
-                mean_reference_words=words("reference"))
+    return dict(answers=len(rows), rouge_l=rouge_l([r["output"] for r in rows],
+        [r["reference"] for r in rows]), finished=100 * float(np.mean([r["finished"] for r in rows])),
+                mean_words=words("output"), mean_reference_words=words("reference"))
 
 # %% ../nbs/03_eval.ipynb #03e007
 def answer_alpaca(
@@ -160,8 +166,8 @@ def check_pairs(
     "Pairs whose winner is known: the answer people gave to an instruction, and one they gave to another."
     shown = lambda r: r["instruction"] + (f"\n\n{r['context']}" if r["context"] else "")
     rows = list({shown(r): r for r in test}.values())[:n]
-    make = lambda answers, who: [dict(dataset="check", instruction=shown(r), output=a["response"], generator=who)
-                                 for r, a in zip(rows, answers)]
+    make = lambda answers, who: [dict(dataset="check", instruction=shown(r), output=a["response"],
+                                      generator=who) for r, a in zip(rows, answers)]
     return make(rows[1:] + rows[:1], "another record's answer"), make(rows, "its own answer")
 
 # %% ../nbs/03_eval.ipynb #i1621810
@@ -173,6 +179,7 @@ def _reference_of(
     try: return load_reference(recipe.alpaca)
     except DataError: return None  # instructions alone
 
+# %% ../nbs/03_eval.ipynb #i1621813
 def judge_answers(
     judge,            # from `make_judge`
     recipe: Recipe,   # `alpaca` and `mtbench`: where instructions, questions and references come from
@@ -184,14 +191,15 @@ def judge_answers(
     outputs = {n: read_json(Path(run_dir) / "answers" / "alpaca_eval" / n / "model_outputs.json")
                for n in ("base", "tuned")}
     replies, reference = Path(run_dir) / "judgments" / "replies.jsonl", _reference_of(recipe)
-    pairs = {"tuned against base": (outputs["base"], outputs["tuned"])} | (
-        {f"{n} against {reference[0]['generator']}": (reference, outputs[n]) for n in outputs} if reference else {})
+    pairs = {"tuned against base": (outputs["base"], outputs["tuned"])} | ({f"{n} against "
+        f"{reference[0]['generator']}": (reference, outputs[n]) for n in outputs} if reference else {})
     annotations = {name: compare(judge, *pair, replies, log=log) for name, pair in pairs.items()}
     files = sorted((Path(run_dir) / "answers" / "mt_bench" / "model_answer").glob("*.jsonl"))
     answers = [json.loads(l) for f in files for l in f.read_text(encoding="utf-8").split("\n") if l]
-    graded = grade(judge, load_questions(recipe.mtbench), answers, replies,
-                   load_references("corrected" if recipe.mtbench == "official" else recipe.mtbench), log=log)
-    return dict(annotations=annotations, judgments=graded, check=compare(judge, *check_pairs(test), replies, log=log))
+    graded = grade(judge, load_questions(recipe.mtbench), answers, replies, load_references("corrected"
+        if recipe.mtbench == "official" else recipe.mtbench), log=log)
+    return dict(annotations=annotations, judgments=graded,
+                check=compare(judge, *check_pairs(test), replies, log=log))
 
 # %% ../nbs/03_eval.ipynb #i4559200
 def keep_verdicts(
@@ -220,6 +228,7 @@ def summarise(
               | dict(consistency=consistency(rows), length_effect=length_effect(rows))
               for name, rows in verdicts["annotations"].items()}
     ends = average_interval(verdicts["judgments"])
-    rated = {name: s | dict(interval=ends.get(name)) for name, s in rate(verdicts["judgments"], questions).items()}
+    rated = {name: s | dict(interval=ends.get(name))
+             for name, s in rate(verdicts["judgments"], questions).items()}
     return dict(judge=judge.name, official=judge.official, alpaca=alpaca, mt_bench=rated,
                 check=bootstrap(verdicts["check"]) | dict(consistency=consistency(verdicts["check"])))

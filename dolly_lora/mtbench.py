@@ -18,13 +18,14 @@ __all__ = ['MTBENCH_TEMPERATURE', 'NEED_REFERENCE', 'PINNED', 'OWN_PROMPTS', 'lo
            'score', 'average_interval', 'plot_radar', 'plot_turns']
 
 # %% ../nbs/03d_mtbench.ipynb #03d005
-MTBENCH_TEMPERATURE = dict(writing=0.7, roleplay=0.7, reasoning=0.0, math=0.0, coding=0.0, extraction=0.0, stem=0.1,
-                           humanities=0.1)
+MTBENCH_TEMPERATURE = dict(writing=0.7, roleplay=0.7, reasoning=0.0, math=0.0, coding=0.0, extraction=0.0,
+                           stem=0.1, humanities=0.1)
 NEED_REFERENCE = ("math", "reasoning", "coding")  # categories whose judge is shown a reference answer
 _CATEGORY = {81 + 10 * i + j: name for i, name in enumerate(MTBENCH_TEMPERATURE) for j in range(10)}
 
 # %% ../nbs/03d_mtbench.ipynb #03d008
 _FASTCHAT = "https://github.com/lm-sys/FastChat/raw/0e6d3e4bea/fastchat/llm_judge/data"
+
 PINNED = dict(  # name -> address and SHA-256
     questions=(f"{_FASTCHAT}/mt_bench/question.jsonl",
                "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7"),
@@ -38,6 +39,7 @@ def _locate(source, **pinned):
     if source in pinned: return fetch(*PINNED[pinned[source]])
     return sample_path("mtbench_sample.jsonl") if source == "sample" else project_root() / source
 
+# %% ../nbs/03d_mtbench.ipynb #03d00819
 def _lines(path, names=""):
     try:
         with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8-sig") as f:
@@ -46,7 +48,8 @@ def _lines(path, names=""):
         raise DataError(
             f"no file at {short_path(path)}: give the path of a .jsonl or .jsonl.xz file{names}") from None
     except (UnicodeDecodeError, lzma.LZMAError):
-        raise DataError(f"{path.name} cannot be read: save it as UTF-8, plain or compressed by xz") from None
+        raise DataError(f"{path.name} cannot be read: save it as UTF-8, "
+                        f"plain or compressed by xz") from None
 
 def _rows(items, read, name, expected):
     rows = []
@@ -86,7 +89,8 @@ def load_references(
     found = read(_locate(source, official="references", corrected="corrected"))
     if source == "corrected":  # a reworded question's reference is not the asked question's
         asked = {i: (turns, reference) for i, turns, reference in read(fetch(*PINNED["questions"]))}
-        found = [(i, turns, reference if turns == asked[i][0] else asked[i][1]) for i, turns, reference in found]
+        found = [(i, turns, reference if turns == asked[i][0] else asked[i][1])
+                 for i, turns, reference in found]
     return {i: reference for i, _, reference in found if reference}
 
 # %% ../nbs/03d_mtbench.ipynb #03d018
@@ -98,33 +102,37 @@ def answer_mtbench(
 ) -> dict: # `rows` in the official format, and the share `finished` in percent
     "Answer both turns of every question, the second on the model's own first."
     first, answered = [q["turns"][0] for q in questions], []
-    temperatures = [MTBENCH_TEMPERATURE.get(q["category"], 0.7) for q in questions]  # 0.7 for others, as in FastChat
+    # 0.7 for others, as in FastChat
+    temperatures = [MTBENCH_TEMPERATURE.get(q["category"], 0.7) for q in questions]
     for turn in 0, 1:
         history = [[(q, a.text)] for q, a in zip(first, answered[0])] if turn else [[] for _ in questions]
         answered.append(generate([build_conversation(h, q["turns"][turn], eos_token)
                                   for h, q in zip(history, questions)], temperatures))
     answer_id = lambda q: hashlib.sha256(f"{model_id} {q['question_id']}".encode()).hexdigest()[:22]
     rows = [dict(question_id=q["question_id"], answer_id=answer_id(q), model_id=model_id,
-                 choices=[dict(index=0, turns=[a.text, b.text])], tstamp=0) for q, a, b in zip(questions, *answered)]
+                 choices=[dict(index=0, turns=[a.text, b.text])], tstamp=0)
+            for q, a, b in zip(questions, *answered)]
     return dict(rows=rows, finished=100 * float(np.mean([a.finished for turn in answered for a in turn])))
 
 # %% ../nbs/03d_mtbench.ipynb #03d023
 def _name(kind, guided, turn):
     return ((f"{kind}-math-v1" if guided else {"single": "single-v1", "pair": "pair-v2"}[kind])
             + "-multi-turn" * (turn == 2))
-_KINDS = list(itertools.product(("single", "pair"), (False, True), (1, 2)))  # answers, with references?, turn
+# answers, with references?, turn
+_KINDS = list(itertools.product(("single", "pair"), (False, True), (1, 2)))
 
 def load_prompts(
     source: str = "official", # `official`, or the path of a judge_prompts.jsonl
 ) -> dict[str, dict]: # name -> system_prompt, prompt_template; `DataError` names the line, or what is missing
     "The official judge prompts."
     path = _locate(source, official="prompts")
-    read = lambda p: (p["name"],
-                      dict(system_prompt=str(p["system_prompt"]), prompt_template=str(p["prompt_template"])))
+    read = lambda p: (p["name"], dict(system_prompt=str(p["system_prompt"]),
+                                      prompt_template=str(p["prompt_template"])))
     prompts = dict(_rows(_lines(path, " or `official`"), read, path.name,
                          "an object with name, system_prompt and prompt_template"))
     missing = [name for kind in _KINDS if (name := _name(*kind)) not in prompts]
-    if missing: raise DataError(f"{path.name} has no prompt {missing[0]}: take FastChat's file, or `official`")
+    if missing:
+        raise DataError(f"{path.name} has no prompt {missing[0]}: take FastChat's file, or `official`")
     return prompts
 
 # %% ../nbs/03d_mtbench.ipynb #03d026
@@ -160,7 +168,8 @@ def judge_question(
     kind = "single" if len(answers) == 1 else "pair"
     guided = question["category"] in NEED_REFERENCE and len(reference) == 2 and all(reference[:turn])
     name = ("" if judge.official else "dolly-") + _name(kind, guided, turn)
-    fields = dict(question=question["turns"][0], question_1=question["turns"][0], question_2=question["turns"][1])
+    fields = dict(question=question["turns"][0], question_1=question["turns"][0],
+                  question_2=question["turns"][1])
     if guided: fields |= dict(ref_answer_1=reference[0], ref_answer_2=reference[1])
     for side, (a, b) in zip(("",) if kind == "single" else ("_a", "_b"), answers):
         fields |= {f"answer{side}": a, f"answer{side}_1": a, f"answer{side}_2": b}
@@ -180,7 +189,8 @@ def rating(
 ) -> float: # from 1 to 10; −1 if the reply is an error or holds no rating
     "The expected value of the reported choices, or the number a free reply has in brackets."
     if reply.error: return -1
-    if p := _shares(reply.logprobs, _CHOICES["single"]): return sum(int(c) * share for c, share in p.items())
+    if p := _shares(reply.logprobs, _CHOICES["single"]):
+        return sum(int(c) * share for c, share in p.items())
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", reply.text) or re.search(r"\[(\d+\.?\d*)\]", reply.text)
     value = float(found[1]) if found else -1
     return (int(value) if value.is_integer() else value) if 1 <= value <= 10 else -1
@@ -192,33 +202,39 @@ def winner(
     "The likeliest choice, or the letter that a free reply has in brackets."
     if reply.error: return "error"
     p = _shares(reply.logprobs, _CHOICES["pair"])
-    best = [c for c in p if p[c] == max(p.values())] or [c for c in _CHOICES["pair"] if f"[[{c}]]" in reply.text][:1]
+    best = ([c for c in p if p[c] == max(p.values())]
+            or [c for c in _CHOICES["pair"] if f"[[{c}]]" in reply.text][:1])
     if not best: return "error"
     return "tie" if len(best) > 1 or best == ["C"] else best[0]
 
 # %% ../nbs/03d_mtbench.ipynb #03d036
 def _by_model(answers, questions):
     found = {}
-    for row in answers: found.setdefault(row["model_id"], {})[row["question_id"]] = row["choices"][0]["turns"]
+    for row in answers:
+        found.setdefault(row["model_id"], {})[row["question_id"]] = row["choices"][0]["turns"]
     for model, given in found.items():
         for q in questions:
             if len(given.get(q["question_id"], ())) != 2:
-                raise DataError(f"{model} has no answer of two turns to question {q['question_id']}: answer it, "
-                                f"or leave the question out")
+                raise DataError(f"{model} has no answer of two turns to question {q['question_id']}: "
+                                f"answer it, or leave the question out")
     return found
 
 def _material(judge, references, prompts):
     if not judge.official: prompts = OWN_PROMPTS
-    return load_references() if references is None else references, load_prompts() if prompts is None else prompts
+    return (load_references() if references is None else references,
+            load_prompts() if prompts is None else prompts)
 
+# %% ../nbs/03d_mtbench.ipynb #03d03618
 def _consult(judge, asked, read, invalid, path, log):
     bare = sum(q["category"] in NEED_REFERENCE and "math" not in name for q, name, _ in asked)
     if bare:
-        log(f"{bare} of {len(asked)} judgments should see a reference and there is none: they get the general prompt")
+        log(f"{bare} of {len(asked)} judgments should see a reference and there is none: "
+            f"they get the general prompt")
     replies = ask(judge, [question for *_, question in asked], path, log)
     values = [read(r) for r in replies]
     if n := values.count(invalid):
-        log(f"{n} of {len(values)} replies are invalid, {sum(bool(r.error) for r in replies)} of them errors")
+        log(f"{n} of {len(values)} replies are invalid, "
+            f"{sum(bool(r.error) for r in replies)} of them errors")
     odds = lambda r: " ".join(f"{c}:{math.exp(v):.4f}" for c, v in (r.logprobs or {}).items())
     return [(v, f"$ERROR$ {r.error}" if r.error else r.text or odds(r)) for v, r in zip(values, replies)]
 
@@ -237,7 +253,8 @@ def grade(
     tasks = [(model, q, turn, *judge_question(judge, prompts, q, [given[q["question_id"]]],
                                               references.get(q["question_id"], ()), turn))
              for model, given in _by_model(answers, questions).items() for q in questions for turn in (1, 2)]
-    verdicts = _consult(judge, [(q, name, question) for _, q, _, name, question in tasks], rating, -1, path, log)
+    verdicts = _consult(judge, [(q, name, question) for _, q, _, name, question in tasks], rating, -1, path,
+                        log)
     return [dict(question_id=q["question_id"], model=model, judge=[judge.name, name],
                  user_prompt=question.messages[-1][1], judgment=text, score=value, turn=turn, tstamp=0)
             for (model, q, turn, name, question), (value, text) in zip(tasks, verdicts)]
@@ -254,8 +271,8 @@ def grade_pairs(
 ) -> list[dict]: # official pair rows; g1_winner and g2_winner are model_1, model_2, tie or error
     "Every two models against each other, in both orders: game 1 shows model_1 as A, game 2 as B."
     references, prompts = _material(judge, references, prompts)
-    games = [(q, turn, pair, judge_question(judge, prompts, q, [given[q["question_id"]] for _, given in order],
-                                            references.get(q["question_id"], ()), turn))
+    games = [(q, turn, pair, judge_question(judge, prompts, q, [given[q["question_id"]]
+        for _, given in order], references.get(q["question_id"], ()), turn))
              for pair in itertools.combinations(_by_model(answers, questions).items(), 2) for q in questions
              for turn in (1, 2) for order in (pair, pair[::-1])]
     verdicts = _consult(judge, [(q, *asked) for q, _, _, asked in games], winner, "error", path, log)
@@ -263,9 +280,9 @@ def grade_pairs(
     played = zip(games[::2], games[1::2], verdicts[::2], verdicts[1::2])  # both orders of each
     for (q, turn, ((one, _), (two, _)), (name, g1)), (*_, (_, g2)), (w1, t1), (w2, t2) in played:
         first, second = dict(A="model_1", B="model_2"), dict(A="model_2", B="model_1")
-        rows.append(dict(question_id=q["question_id"], model_1=one, model_2=two, g1_winner=first.get(w1, w1),
-                         g2_winner=second.get(w2, w2), judge=[judge.name, name],
-                         g1_user_prompt=g1.messages[-1][1], g1_judgment=t1,
+        rows.append(dict(question_id=q["question_id"], model_1=one, model_2=two,
+                         g1_winner=first.get(w1, w1), g2_winner=second.get(w2, w2),
+                         judge=[judge.name, name], g1_user_prompt=g1.messages[-1][1], g1_judgment=t1,
                          g2_user_prompt=g2.messages[-1][1], g2_judgment=t2, turn=turn, tstamp=0))
     return rows
 
@@ -281,20 +298,25 @@ def win_rates(
             count = out.setdefault(row[side], Counter()); count["n_rows"] += 1
             if "error" in games: count["n_invalid"] += 1; continue
             count["n_inconsistent"] += games[0] != games[1]
-            count["tie" if games[0] != games[1] or games[0] == "tie" else "win" if games[0] == side else "loss"] += 1
+            count["tie" if games[0] != games[1] or games[0] == "tie" else "win" if games[0] == side
+                  else "loss"] += 1
     rate = lambda c: (c["win"] + c["tie"] / 2) / valid if (valid := c["n_rows"] - c["n_invalid"]) else None
     return {model: {k: c[k] for k in ("win", "loss", "tie")} | dict(win_rate=rate(c))
             | {k: c[k] for k in ("n_rows", "n_invalid", "n_inconsistent")} for model, c in out.items()}
 
 # %% ../nbs/03d_mtbench.ipynb #03d047
 def _judgments(judgments):
-    def read(row): row["question_id"], row["model"], tuple(row["judge"]), row["score"], row["turn"]; return row
+    def read(row):
+        row["question_id"], row["model"], tuple(row["judge"]), row["score"], row["turn"]
+        return row
     name = Path(judgments).name if isinstance(judgments, (str, Path)) else "judgments"
     items = _lines(project_root() / judgments) if isinstance(judgments, (str, Path)) else judgments
     return _rows(items, read, name, "a judgment with question_id, model, judge, score and turn")
 
-def _last(rows): return list({(r["model"], r["question_id"], r["turn"], tuple(r["judge"])): r for r in rows}.values())
-def _valid(row): return isinstance(row["score"], (int, float)) and row["score"] != -1 and math.isfinite(row["score"])
+def _last(rows):
+    return list({(r["model"], r["question_id"], r["turn"], tuple(r["judge"])): r for r in rows}.values())
+def _valid(row):
+    return isinstance(row["score"], (int, float)) and row["score"] != -1 and math.isfinite(row["score"])
 def _mean(rows): return float(np.mean([r["score"] for r in rows])) if rows else None
 
 # %% ../nbs/03d_mtbench.ipynb #03d048
@@ -303,7 +325,8 @@ def score(
     questions: list[dict] | None = None, # needed where numbers are not the official ones, for the categories
 ) -> dict[str, dict]: # model -> turn1, turn2, average, category (name -> mean), n_rows, n_invalid, n_duplicates
     "MT-Bench's numbers, as FastChat's show_result computes them: −1 is left out and counted."
-    rows, category = _judgments(judgments), _CATEGORY | {q["question_id"]: q["category"] for q in questions or ()}
+    rows = _judgments(judgments)
+    category = _CATEGORY | {q["question_id"]: q["category"] for q in questions or ()}
     kept, out = _last(rows), {}
     unknown = [r["question_id"] for r in kept if r["question_id"] not in category]
     if unknown:
@@ -316,8 +339,8 @@ def score(
         names = [c for c in MTBENCH_TEMPERATURE if c in found] + sorted(found - MTBENCH_TEMPERATURE.keys())
         out[model] = dict(turn1=_mean([r for r in valid if r["turn"] == 1]),
                           turn2=_mean([r for r in valid if r["turn"] == 2]), average=_mean(valid),
-                          category={c: _mean([r for r in valid if category[r["question_id"]] == c]) for c in names},
-                          n_rows=len(mine), n_invalid=len(mine) - len(valid),
+                          category={c: _mean([r for r in valid if category[r["question_id"]] == c])
+                                    for c in names}, n_rows=len(mine), n_invalid=len(mine) - len(valid),
                           n_duplicates=sum(r["model"] == model for r in rows) - len(mine))
     return out
 
@@ -334,7 +357,8 @@ def average_interval(
             if r["model"] == model: by_question.setdefault(r["question_id"], []).append(r["score"])
         sums, counts = np.array([(sum(s), len(s)) for s in by_question.values()]).T
         drawn = np.random.default_rng(seed).integers(0, len(sums), (2000, len(sums)))
-        out[model] = tuple(map(float, np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])))
+        out[model] = tuple(map(float,
+                               np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])))
     return out
 
 # %% ../nbs/03d_mtbench.ipynb #03d057
@@ -352,8 +376,8 @@ def plot_radar(
     fig, ax = plt.subplots(figsize=(7, 4.4), subplot_kw=dict(projection="polar"))
     for (model, s), (colour, line, marker) in zip(scores.items(), itertools.cycle(_LOOKS)):
         r = np.array([s["category"].get(c) for c in names], float)  # None becomes nan
-        ax.plot(np.append(angles, angles[0]), np.append(r, r[0]), color=colour, ls=line, marker=marker, ms=5, lw=1.8,
-                label=model)
+        ax.plot(np.append(angles, angles[0]), np.append(r, r[0]), color=colour, ls=line, marker=marker,
+                ms=5, lw=1.8, label=model)
     ax.set_theta_zero_location("N"); ax.set_theta_direction(-1)
     ax.set_xticks(angles, names); ax.tick_params(axis="x", pad=6)
     for label, side in zip(ax.get_xticklabels(), np.sin(angles).round(3)):

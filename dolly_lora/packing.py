@@ -49,7 +49,8 @@ class Row:
     input_ids: torch.Tensor # int64 [tokens]
     targets: torch.Tensor   # int64 [tokens]: the token that must come next, -100 where nothing is learnt
     positions: torch.Tensor # int64 [tokens]: from 0 in every example
-    numbers: torch.Tensor   # int64 [tokens]: which token of its step each one is, however shared out over rows
+    # int64 [tokens]: which token of its step each one is, however shared out over rows
+    numbers: torch.Tensor
     bounds: torch.Tensor    # int32 [examples + 1]: example i is tokens bounds[i] to bounds[i + 1]
     lengths: list[int]      # tokens of each example
     starts: list[int]       # the number of each example's first token
@@ -62,6 +63,7 @@ class Row:
     def pin_memory(self) -> Row: # in memory from which copying to the card does not wait; what a DataLoader calls
         return self._each(torch.Tensor.pin_memory)
 
+# %% ../nbs/02a_packing.ipynb #02a01112
 def pack(
     examples: list[dict], # input_ids and labels of equal length, from `encode`
     starts: list[int] | None = None, # number of each example's first token in the step; default: the row is the step
@@ -108,10 +110,11 @@ def attend(
 ) -> torch.Tensor: # [tokens, heads, size]
     "Causal attention inside each example of a row."
     if has_varlen(q.device, q.dtype, q.shape[-1]): return _varlen(q, k, v, row, scale)
-    parts = [[t.transpose(0, 1)[None] for t in one] for one in zip(*(t.split(row.lengths) for t in (q, k, v)))]
+    parts = [[t.transpose(0, 1)[None] for t in one]
+             for one in zip(*(t.split(row.lengths) for t in (q, k, v)))]
     groups = q.shape[1] != k.shape[1]
-    return torch.cat([F.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=groups)[0]
-                      .transpose(0, 1) for one in parts])
+    return torch.cat([F.scaled_dot_product_attention(*one, is_causal=True, scale=scale,
+        enable_gqa=groups)[0] .transpose(0, 1) for one in parts])
 
 # %% ../nbs/02a_packing.ipynb #02a019
 def share_out(
@@ -128,14 +131,15 @@ def share_out(
         n += 1
 
 # %% ../nbs/02a_packing.ipynb #02a022
-def _attention(module, query, key, value, attention_mask, row=None, scaling=None, softcap=None, sliding_window=None,
-               s_aux=None, **kwargs):
+def _attention(module, query, key, value, attention_mask, row=None, scaling=None, softcap=None,
+               sliding_window=None, s_aux=None, **kwargs):
     "transformers' attention interface: [1, heads, tokens, size] in, [1, tokens, heads, size] out."
     if softcap is not None or s_aux is not None or (sliding_window or max(row.lengths)) < max(row.lengths):
         raise DollyError(f"{type(module).__name__} caps its scores, has sinks or looks through a window of "
                          f"{sliding_window} tokens: take another base, or a max_length within the window")
     return attend(*(t[0].transpose(0, 1) for t in (query, key, value)), row, scaling)[None], None
 
+# %% ../nbs/02a_packing.ipynb #02a02214
 class PackedModel:
     "Loss and gradients of a row by transformers, PEFT and autograd."
     def __init__(self,

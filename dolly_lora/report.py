@@ -22,8 +22,8 @@ def collect(
     run_dir, run = Path(run_dir), read_json(Path(run_dir) / "recipe.json")
     history = read_json(run_dir / "training_history.json")
     stages = read_json(run_dir / "stages.json") if (run_dir / "stages.json").exists() else {}
-    bench = ([json.loads(line) for line in (run_dir / "bench.jsonl").read_text(encoding="utf-8").splitlines()]
-             if (run_dir / "bench.jsonl").exists() else [])
+    bench = ([json.loads(line) for line in (run_dir / "bench.jsonl").read_text(
+                encoding="utf-8").splitlines()] if (run_dir / "bench.jsonl").exists() else [])
     return dict(recipe=run["recipe"], environment=history["environment"], data=read_json(run_dir / "data"
         / "statistics.json"), tokens=read_json(run_dir / "data" / "tokens.json"), training={k: history[k]
         for k in ("summary", "validation", "log")}, evaluation=read_json(run_dir / "metrics.json"),
@@ -39,7 +39,8 @@ def _cell(value): # text is escaped, floats get four figures
 
 def _table(head, rows): # in Markdown
     line = lambda cells: "| " + " | ".join(cells) + " |"
-    return "\n".join([line(map(str, head)), "|" + " --- |" * len(head), *(line(map(_cell, row)) for row in rows)])
+    return "\n".join([line(map(str, head)), "|" + " --- |" * len(head),
+                      *(line(map(_cell, row)) for row in rows)])
 
 def _figure(name, caption): return f"\n\n![{caption}](figures/{name}.svg)\n\n*{caption}*\n"
 
@@ -54,19 +55,20 @@ def section_summary(r: dict) -> str: # `r` from `collect`; Markdown
     "What was done and what came out, in a paragraph."
     s, e, d = r["training"]["summary"], r["evaluation"], r["evaluation"]["difference"]
     verdict = "better" if d["high"] < 0 else "worse" if d["low"] > 0 else "not measurably different"
-    stand_in = "" if "Llama-2" in r["recipe"]["base"] else (
-        f"\n\n> **The base model of this run is {_model(r)}, not LLaMA-2-7B.** LLaMA-2's weights are gated; this "
-        f"is a small model of the same architecture that can be had without an account, run through the same code. "
+    stand_in = "" if "Llama-2" in r["recipe"]["base"] else (f"\n\n> **The base model of this run "
+        f"is {_model(r)}, not LLaMA-2-7B.** LLaMA-2's weights are gated; this is a small model "
+        f"of the same architecture that can be had without an account, run through the same code. "
         "Its quality is that of a small model. The `llama2` preset is the assignment.")
-    return (f"{_model(r)[0].upper()}{_model(r)[1:]} was tuned with {_method(r)} (rank {r['recipe']['lora_r']}, "
-            f"{s['trainable_parameters']:,} trainable parameters) on {r['data']['splits']['train']:,} records of "
-            f"{_source(r)} for {s['epochs']:.3g} epoch{'' if s['epochs'] == 1 else 's'}, "
-            f"{s['steps']:,} steps of {r['recipe']['batch_size']} examples. On {r['data']['splits']['test']:,} "
-            f"held-out records the loss of the reference answers went from {e['test']['base']['loss']:.3f} "
-            f"to {e['test']['tuned']['loss']:.3f} nats a token ({d['difference']:+.3f}, "
-            f"95 % interval {d['low']:+.3f} to {d['high']:+.3f}): the tuned model is {verdict}. "
-            f"Of its test answers {e['test']['tuned']['finished']:.0f} % end by themselves; of the base model's, "
-            f"{e['test']['base']['finished']:.0f} %.{stand_in}")
+    return (
+        f"{_model(r)[0].upper()}{_model(r)[1:]} was tuned with {_method(r)} (rank {r['recipe']['lora_r']}, "
+        f"{s['trainable_parameters']:,} trainable parameters) on {r['data']['splits']['train']:,} "
+        f"records of {_source(r)} for {s['epochs']:.3g} epoch{'' if s['epochs'] == 1 else 's'}, "
+        f"{s['steps']:,} steps of {r['recipe']['batch_size']} examples. On {r['data']['splits']['test']:,} "
+        f"held-out records the loss of the reference answers went from {e['test']['base']['loss']:.3f} "
+        f"to {e['test']['tuned']['loss']:.3f} nats a token ({d['difference']:+.3f}, "
+        f"95 % interval {d['low']:+.3f} to {d['high']:+.3f}): the tuned model is {verdict}. "
+        f"Of its test answers {e['test']['tuned']['finished']:.0f} % end by themselves; "
+        f"of the base model's, {e['test']['base']['finished']:.0f} %.{stand_in}")
 
 # %% ../nbs/05_report.ipynb #96ed785b
 def section_dataset(r: dict) -> str: # `r` from `collect`; Markdown
@@ -75,18 +77,20 @@ def section_dataset(r: dict) -> str: # `r` from `collect`; Markdown
     names = sorted({n for p in r["data"]["categories"].values() for n in p})
     splits = [[n, *(r["data"]["categories"][p].get(n, 0) for p in parts)] for n in names]
     splits += [["all", *(r["data"]["splits"][p] for p in parts)]]
-    text = (f"{c['read']:,} records were read from {_source(r)}. Before the split were removed: "
-            f"records without a response ({c['empty_responses']}), exact duplicates ({c['exact_duplicates']}), "
-            f"and repetitions but for case and white space ({c['normalised_duplicates']}). "
-            f"{c['citation_marks']:,} citation marks were removed from {c['contexts_with_marks']:,} contexts. "
-            f"{c['kept']:,} records remain, split by a hash of the passage, or of the instruction where there "
-            f"is none (seed {r['recipe']['seed']}), stratified by category; no passage is on two sides.\n\n")
+    text = (
+        f"{c['read']:,} records were read from {_source(r)}. Before the split were removed: "
+        f"records without a response ({c['empty_responses']}), exact duplicates ({c['exact_duplicates']}), "
+        f"and repetitions but for case and white space ({c['normalised_duplicates']}). "
+        f"{c['citation_marks']:,} citation marks were removed from {c['contexts_with_marks']:,} contexts. "
+        f"{c['kept']:,} records remain, split by a hash of the passage, or of the instruction where there "
+        f"is none (seed {r['recipe']['seed']}), stratified by category; no passage is on two sides.\n\n")
     text += _table(["category", "train", "validation", "test"], splits)
     text += _figure("categories", "Records by category and split.")
-    text += (f"\nExamples are cut at {r['recipe']['max_length']:,} tokens: "
-             f"{t['train']['cut']} of {t['train']['examples']:,} training examples are ({t['train']['tokens_cut']:,} "
+    text += (f"\nExamples are cut at {r['recipe']['max_length']:,} tokens: {t['train']['cut']} "
+             f"of {t['train']['examples']:,} training examples are ({t['train']['tokens_cut']:,} "
              f"tokens lost), {t['train']['dropped']} had a prompt that filled the limit and were dropped. "
-             f"The training split has {t['train']['tokens']:,} tokens, of which {t['train']['response_tokens']:,} "
+             f"The training split has {t['train']['tokens']:,} tokens, "
+             f"of which {t['train']['response_tokens']:,} "
              f"({t['train']['response_tokens'] / t['train']['tokens']:.0%}) are learnt.\n")
     caption = f"Lengths of all examples; median {t['median']}, longest {t['longest']:,} tokens."
     return text + _figure("token_lengths", caption)
@@ -96,19 +100,16 @@ def section_implementation(r: dict) -> str: # `r` from `collect`; Markdown
     "The method and its hyperparameters."
     p, s, gpu = r["recipe"], r["training"]["summary"], r["environment"]["gpu"]
     four = p["load_in_4bit"] and gpu
-    rows = [
-        ["base model", _model(r)],
-        ["base weights", "4-bit NF4 with double quantisation" if four else "full precision (no GPU, or not asked for)"],
-        ["LoRA", f"rank {p['lora_r']}, alpha {p['lora_alpha']}, dropout {p['lora_dropout']}, "
-                 "on the seven linears of every block"],
-        ["loss", f"on the {p['train_on']}, end token included"],
-        ["batch", f"{p['batch_size']} whole examples a step, in rows without padding of up to "
-                  f"{s['token_budget']:,} tokens"],
-        ["optimizer", f"{p['optimizer'] if gpu else 'adamw_torch'}, peak learning rate {p['learning_rate']:g}, "
-                      f"{p['warmup_ratio']:.0%} warm-up, cosine to zero"],
-        ["length", f"cut at {p['max_length']} tokens"],
-        ["checkpoints", f"every {p['eval_steps']} steps and at the end; best by validation loss"],
-        ["memory", f"{p['memory']}: {s['memory']}"], ["seed", p["seed"]]]
+    rows = [["base model", _model(r)], ["base weights", "4-bit NF4 with double quantisation" if four
+                                        else "full precision (no GPU, or not asked for)"], ["LoRA",
+        f"rank {p['lora_r']}, alpha {p['lora_alpha']}, dropout {p['lora_dropout']}, "
+        "on the seven linears of every block"], ["loss", f"on the {p['train_on']}, end token included"],
+            ["batch", f"{p['batch_size']} whole examples a step, "
+             f"in rows without padding of up to {s['token_budget']:,} tokens"], ["optimizer",
+        f"{p['optimizer'] if gpu else 'adamw_torch'}, peak learning rate {p['learning_rate']:g}, "
+        f"{p['warmup_ratio']:.0%} warm-up, cosine to zero"], ["length", f"cut at {p['max_length']} tokens"],
+            ["checkpoints", f"every {p['eval_steps']} steps and at the end; best by validation loss"],
+            ["memory", f"{p['memory']}: {s['memory']}"], ["seed", p["seed"]]]
     return ("The frozen base model is loaded by transformers and bitsandbytes, PEFT adds the adapters, "
             "TRL's SFTTrainer trains them. One prompt template serves training, evaluation and chat. "
             "Validation loss is weighted by tokens, not by batches.\n\n" + _table(["", "setting"], rows))
@@ -117,12 +118,14 @@ def section_implementation(r: dict) -> str: # `r` from `collect`; Markdown
 def section_training(r: dict) -> str: # `r` from `collect`; Markdown
     "The curves and what they say."
     s = r["training"]["summary"]
-    resumed = f" The run was interrupted and resumed from step {s['resumed_from']}." if s["resumed_from"] else ""
+    resumed = (f" The run was interrupted and resumed from step {s['resumed_from']}." if s["resumed_from"]
+               else "")
     return (f"Validation loss went from {s['first_validation_loss']:.4f} before training to "
             f"{s['best_validation_loss']:.4f} at step {s['best_step']:,} of {s['steps']:,}; "
-            f"those weights were kept.{resumed}\n" + _figure("training_curves", "Training and validation loss on "
-        "the tokens that are learnt, and the learning rate.") + "\n" + _table(["step", "epoch", "validation loss"],
-        [[v["step"], f"{v['epoch']:.2f}", f"{v['eval_loss']:.4f}"] for v in r["training"]["validation"]]))
+            f"those weights were kept.{resumed}\n" + _figure("training_curves",
+        "Training and validation loss on " "the tokens that are learnt, and the learning rate.")
+            + "\n" + _table(["step", "epoch", "validation loss"], [[v["step"], f"{v['epoch']:.2f}",
+        f"{v['eval_loss']:.4f}"] for v in r["training"]["validation"]]))
 
 # %% ../nbs/05_report.ipynb #3a802835
 def section_evaluation(r: dict) -> str: # `r` from `collect`; Markdown
@@ -133,20 +136,21 @@ def section_evaluation(r: dict) -> str: # `r` from `collect`; Markdown
             ["answers that end by themselves (%)", b["finished"], t["finished"]],
             [f"mean words (references: {t['mean_reference_words']:.0f})", b["mean_words"], t["mean_words"]]]
     for key, name in ("alpaca_eval", "AlpacaEval"), ("mt_bench", "MT-Bench"):
-        rows += [[f"{name}{'-shaped sample' if e[key]['source'] == 'sample' else ''} ({e[key]['prompts']} prompts, "
-                  f"{e[key]['in_training']} of them in the training split): answers that end by themselves (%)",
-                  e[key]["base"]["finished"], e[key]["tuned"]["finished"]]]
-    shown = [[x["instruction"] + (f"\n\n({x['context']})" if x["context"] else ""),
-              x["before"] + ("" if x["before_finished"] else " …"),
-              x["after"] + ("" if x["after_finished"] else " …"), x["reference"]] for x in r["before_after"]]
-    return (f"Both models are the same weights with the adapter off and on. Losses are over {b['tokens']:,} "
-            f"response tokens of {r['data']['splits']['test']:,} test records; {t['answers']:,} of "
-            f"their prompts were answered greedily, up to {r['recipe']['max_new_tokens']} tokens.\n\n"
-            + _table(["", "base", "tuned"], rows) + _figure("test_loss", "Test loss by category, base and tuned.")
-            + _figure("answer_lengths", "Length of the answers to test prompts.")
-            + f"\n### Before and after\n\nQuestions written for this course, none of them trained on; "
-            f"up to {min(80, r['recipe']['max_new_tokens'])} tokens each (… marks an answer that was cut off).\n\n"
-            + _table(["instruction", "before", "after", "reference"], shown))
+        rows += [[f"{name}{'-shaped sample' if e[key]['source'] == 'sample' else ''} ({e[key]['prompts']} "
+                  f"prompts, {e[key]['in_training']} of them in the training split): answers that end "
+                  f"by themselves (%)", e[key]["base"]["finished"], e[key]["tuned"]["finished"]]]
+    shown = [[x["instruction"] + (f"\n\n({x['context']})" if x["context"] else ""), x["before"]
+              + ("" if x["before_finished"] else " …"), x["after"] + ("" if x["after_finished"] else " …"),
+              x["reference"]] for x in r["before_after"]]
+    return (
+        f"Both models are the same weights with the adapter off and on. Losses are over {b['tokens']:,} "
+        f"response tokens of {r['data']['splits']['test']:,} test records; {t['answers']:,} of "
+        f"their prompts were answered greedily, up to {r['recipe']['max_new_tokens']} tokens.\n\n" + _table(
+            ["", "base", "tuned"], rows) + _figure("test_loss", "Test loss by category, base and tuned.")
+        + _figure("answer_lengths", "Length of the answers to test prompts.")
+        + f"\n### Before and after\n\nQuestions written for this course, none of them trained on; "
+        f"up to {min(80, r['recipe']['max_new_tokens'])} tokens each (… marks an answer that was cut "
+        f"off).\n\n" + _table(["instruction", "before", "after", "reference"], shown))
 
 # %% ../nbs/05_report.ipynb #i4351199
 def _worth(j): # what the judge is, and what its examination says
@@ -155,11 +159,12 @@ def _worth(j): # what the judge is, and what its examination says
         f"> **These are not leaderboard numbers.** The judge is {who}, run locally, which reads its own "
         "probabilities for the possible verdicts. Published AlpacaEval win rates and MT-Bench scores are "
         "GPT-4's verdicts; nothing here can be compared with them.\n\n")
-    verdict = ("It tells right from wrong." if c["low"] > 90 else
-               "That is better than guessing, and not reliable." if c["low"] > 50 else
-               "That is guessing: **the numbers below say how the evaluation works, not how good the answers are.**")
+    verdict = ("It tells right from wrong." if c["low"] > 90 else "That is better than guessing, "
+               "and not reliable." if c["low"] > 50 else "That is guessing: "
+               "**the numbers below say how the evaluation works, not how good the answers are.**")
     return text + (
-        "**Can it judge?** Shown the answer that people wrote to a test instruction and one that they wrote to "
+        "**Can it judge?** Shown the answer that people wrote "
+        "to a test instruction and one that they wrote to "
         f"another, it takes the right one with {c['win_rate']:.0f} % (95 % interval {c['low']:.0f} to "
         f"{c['high']:.0f}; a coin has 50, a reader 100), and changes its verdict with the order in "
         f"{c['consistency']['contradicted']:.0f} % of the pairs. {verdict}\n")
@@ -175,15 +180,17 @@ def section_judged(r: dict) -> str: # `r` from `collect`; Markdown
              for name, s in j["alpaca"].items()]
     habits = [[name, *map(_percent, (s["consistency"]["contradicted"], s["consistency"]["first"],
                                      s["length_effect"]["longer"]["win_rate"],
-                                     s["length_effect"]["shorter"]["win_rate"]))] for name, s in j["alpaca"].items()]
-    rated = [[m, *(f"{s[k]:.2f}" for k in ("turn1", "turn2", "average")), "{:.2f} to {:.2f}".format(*s["interval"]),
-              s["n_rows"], s["n_invalid"]] for m, s in j["mt_bench"].items()]
+                                     s["length_effect"]["shorter"]["win_rate"]))]
+              for name, s in j["alpaca"].items()]
+    rated = [[m, *(f"{s[k]:.2f}" for k in ("turn1", "turn2", "average")), "{:.2f} to {:.2f}".format(
+                *s["interval"]), s["n_rows"], s["n_invalid"]] for m, s in j["mt_bench"].items()]
     text = _worth(j)
-    text += _figure("win_rates", "Win rates with their 95 % intervals; every pair was judged in both orders.") + "\n"
+    text += _figure("win_rates",
+                    "Win rates with their 95 % intervals; every pair was judged in both orders.") + "\n"
     text += _table(["AlpacaEval", "win rate %", "95 %", "length-controlled", "pairs", "invalid"], pairs)
     text += "\n\nThe judge's habits on the same pairs, in percent:\n\n"
-    text += _table(["", "turns with the order", "goes to the first place", "win rate where longer", "where shorter"],
-                   habits)
+    text += _table(["", "turns with the order", "goes to the first place", "win rate where longer",
+                    "where shorter"], habits)
     text += _figure("mtbench_radar", "MT-Bench: mean rating by category.")
     text += _figure("mtbench_turns", "MT-Bench: turn 1 and turn 2.") + "\n"
     return text + _table(["MT-Bench", "turn 1", "turn 2", "average", "95 %", "ratings", "invalid"], rated)
@@ -210,21 +217,25 @@ def _one_base(base, rows): # the ways to do a step, measured on one base model
     best, first = min(rows, key=lambda b: b["s_per_step"]), rows[0]
     text = (f"\n### {first['model']}: a step of {first.get('batch_size', 16)} examples, several ways\n\n"
             f"All on the same records ({first['tokens_per_step']:,.0f} real tokens a step) and the same "
-            f"{first['device']}, in one run; its large matrix products reach {first['matrix_tflops']:.0f} TFLOP/s, "
+            f"{first['device']}, in one run; "
+            f"its large matrix products reach {first['matrix_tflops']:.0f} TFLOP/s, "
             f"at which the arithmetic of a step takes {first['floor_s']:.3f} s. `{best['name']}` "
             f"is {first['s_per_step'] / best['s_per_step']:.1f} times as fast as `{first['name']}`.\n\n")
     table = [[b["name"], f"{b['s_per_step']:.3f}", round(b["tok_per_s"]), _gib(b["peak_gib"]),
               f"{b['model_flops_utilisation']:.0%}", f"{b['full_recipe_min']:.1f} min"] for b in rows]
     text += _table(["", "s a step", "real tokens/s", "peak GiB", "utilisation", "full recipe"], table)
-    return text + _figure(_ablation(base), "What a step's time goes into; *waiting* is a card with nothing to do. "
+    return text + _figure(_ablation(base),
+                          "What a step's time goes into; *waiting* is a card with nothing to do. "
                           "Utilisation counts the arithmetic of the recipe, not what a way computes twice.")
 
+# %% ../nbs/05_report.ipynb #i4501413
 def _answers(rows): # the ways to write the same answers
     first = rows[0]
-    table = [[b["name"], b["slots"], f"{b['seconds']:.2f}", round(b["tok_per_s"]), _gib(b["peak_gib"])] for b in rows]
-    return (f"\n### {first['model']}: writing {first['prompts']} answers of {first['new_tokens']} tokens\n\n"
-            f"The same prompts on the same {first['device']}, bf16, in one run; reading the weights and the cache "
-            f"takes {first['floor_s']:.2f} s at the card's rate.\n\n"
+    table = [[b["name"], b["slots"], f"{b['seconds']:.2f}", round(b["tok_per_s"]), _gib(b["peak_gib"])]
+             for b in rows]
+    return (f"\n### {first['model']}: writing {first['prompts']} answers of {first['new_tokens']} "
+            f"tokens\n\nThe same prompts on the same {first['device']}, bf16, in one run; "
+            f"reading the weights and the cache takes {first['floor_s']:.2f} s at the card's rate.\n\n"
             + _table(["", "prompts at a time", "seconds", "new tokens/s", "peak GiB"], table))
 
 # %% ../nbs/05_report.ipynb #i5508603
@@ -238,9 +249,11 @@ def _steps(r):
 def section_speed(r: dict) -> str: # `r` from `collect`; Markdown
     "Padding, the way a step was computed, and the ablation if it was measured."
     s, written = r["training"]["summary"], [b for b in r["bench"] if "new_tokens" in b]
-    text = (f"Padded four by four, a step would have computed {s['padding']:.2f} positions for each real token; "
-            f"rows without padding compute one. Engine: {s['engine']}; {s['memory']}.")
-    if s["graphs"]: text += f" {s['graphs']} lengths of rows were recorded as CUDA graphs in {s['graph_seconds']:.0f} s."
+    text = (f"Padded four by four, a step would have computed {s['padding']:.2f} positions for each "
+            f"real token; rows without padding compute one. Engine: {s['engine']}; {s['memory']}.")
+    if s["graphs"]:
+        text += (
+            f" {s['graphs']} lengths of rows were recorded as CUDA graphs in {s['graph_seconds']:.0f} s.")
     text += "\n" + _figure("padding", "What padding would have cost.")
     text += "".join(_one_base(base, rows) for base, rows in _steps(r).items())
     return text + (_answers(written) if written else "")
@@ -251,34 +264,39 @@ def _changes(e): # sentences on what improved, and on what did not
     gain = {c: v["base"] - v["tuned"] for c, v in e["by_category"].items()}
     best, least = max(gain, key=gain.get), min(gain, key=gain.get)
     zero = "excludes" if d["high"] < 0 or d["low"] > 0 else "includes"
-    near = abs(t["mean_words"] - t["mean_reference_words"]) < abs(b["mean_words"] - t["mean_reference_words"])
-    said = [(d["high"] < 0, f"The loss on held-out references changed by {d['difference']:+.3f} nats a token, "
-             f"an interval that {zero} zero; most in {best} ({-gain[best]:+.3f}), least in {least} "
-             f"({-gain[least]:+.3f})."),
-            (t["finished"] > b["finished"], f"{t['finished']:.0f} % of the tuned model's answers end by themselves, "
-             f"{b['finished']:.0f} % of the base model's."),
+    near = (abs(t["mean_words"] - t["mean_reference_words"])
+            < abs(b["mean_words"] - t["mean_reference_words"]))
+    said = [(d["high"] < 0, f"The loss on held-out references changed by {d['difference']:+.3f} "
+             f"nats a token, an interval that {zero} zero; most in {best} ({-gain[best]:+.3f}), "
+             f"least in {least} ({-gain[least]:+.3f})."), (t["finished"] > b["finished"],
+        f"{t['finished']:.0f} % of the tuned model's answers end by themselves, "
+        f"{b['finished']:.0f} % of the base model's."),
             (t["rouge_l"] > b["rouge_l"], f"ROUGE-L went from {b['rouge_l']:.1f} to {t['rouge_l']:.1f} %."),
             (near, f"Answers have {t['mean_words']:.0f} words on average after {b['mean_words']:.0f}; "
              f"the references have {t['mean_reference_words']:.0f}.")]
     return [text for good, text in said if good], [text for good, text in said if not good]
 
+# %% ../nbs/05_report.ipynb #fd6d3e18
 def _limits(r):
     p, official = r["recipe"], r["evaluation"]["judgments"]["official"]
-    rated = "" if official else " The judge was a local model; its win rates and ratings compare with no published ones."
+    rated = ("" if official
+             else " The judge was a local model; its win rates and ratings compare with no published ones.")
     yield f"One run with one seed ({p['seed']}); the interval above covers the choice of test records only."
     yield "Loss and ROUGE-L compare with one reference answer; a good answer in other words scores badly."
     yield f"No human has rated the answers.{rated}"
     if "Llama-2" not in p["base"]:
         yield f"{_model(r)} stands in for LLaMA-2-7B: its numbers say nothing about the larger model's."
     if p["base"] == "smollm2":
-        yield ("The base model is an *Instruct* model, tuned before in another template: part of the gain is learning "
-               "this one.")
-    if p["alpaca"] == "sample": yield "The benchmark-shaped prompts are the course's own few, not the official sets."
+        yield ("The base model is an *Instruct* model, tuned before in another template: "
+               "part of the gain is learning " "this one.")
+    if p["alpaca"] == "sample":
+        yield "The benchmark-shaped prompts are the course's own few, not the official sets."
 
 # %% ../nbs/05_report.ipynb #i7679241
 def _next(r):
     if not r["evaluation"]["judgments"]["official"]:
-        yield "Let the judge of the published tables read the answers: `dolly-lora judge --judge gpt-4-1106-preview`."
+        yield ("Let the judge of the published tables read the answers: "
+               "`dolly-lora judge --judge gpt-4-1106-preview`.")
     yield "Repeat with three seeds, to put an interval on training itself."
     if "Llama-2" not in r["recipe"]["base"]: yield "Run the `llama2` preset where its weights may be used."
 
@@ -289,7 +307,8 @@ def section_discussion(r: dict) -> str: # `r` from `collect`; Markdown
     late = ("the best checkpoint is the last: more steps might help" if s["best_step"] == s["steps"] else
             f"the best checkpoint is not the last ({s['best_step']:,} of {s['steps']:,}): "
             "longer training on these data did not help")
-    return (f"**What improved**\n\n{bullets(better)}\n**What did not**\n\n{bullets(worse)}\nIn training, {late}.\n\n"
+    return (f"**What improved**\n\n{bullets(better)}\n**What did not**\n\n"
+            f"{bullets(worse)}\nIn training, {late}.\n\n"
             f"**Limitations**\n\n{bullets(_limits(r))}\n**Future work**\n\n{bullets(_next(r))}")
 
 # %% ../nbs/05_report.ipynb #i8616548
@@ -345,7 +364,8 @@ def report_markdown(
 def _image(svg): # its text alternative stands beside it
     if not svg.exists(): return "<em>(figure not in this run)</em>"
     alt = escape(svg.with_suffix(".txt").read_text(encoding="utf-8").strip(), quote=True)
-    return f'<img alt="{alt}" src="data:image/svg+xml;base64,{base64.b64encode(svg.read_bytes()).decode()}">'
+    return (
+        f'<img alt="{alt}" src="data:image/svg+xml;base64,{base64.b64encode(svg.read_bytes()).decode()}">')
 
 def _page(markdown, figures): # one file that needs no other
     from markdown_it import MarkdownIt
@@ -369,8 +389,8 @@ def write_report(
     for base, rows in _steps(r).items():
         from dolly_lora.kernels import plot_ablation
         ways = "; ".join(f"{b['name']} {b['s_per_step']:.3f}" for b in rows)
-        save_fig(plot_ablation(rows), run_dir, _ablation(base), f"Seconds a step, by what the card does: {ways}. "
-                 f"The arithmetic alone: {rows[0]['floor_s']:.3f}.")
+        save_fig(plot_ablation(rows), run_dir, _ablation(base), f"Seconds a step, "
+                 f"by what the card does: {ways}. The arithmetic alone: {rows[0]['floor_s']:.3f}.")
     write_text(report_dir / "report.html", _page(report_markdown(r), run_dir / "figures"))
     if (run_dir / "figures").exists():
         shutil.copytree(run_dir / "figures", report_dir / "figures", dirs_exist_ok=True)

@@ -9,6 +9,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from .config import Recipe
 from .kernels import PLAIN, Dropout, operations
 from .packing import PackedModel, Row, attend, has_varlen
@@ -26,7 +27,8 @@ class FlatParameters:
     ):
         self.params = list(params)
         sizes = [p.numel() for p in self.params]
-        self.whole = torch.nn.Parameter(torch.cat([p.data.flatten() for p in self.params]))  # what the optimizer gets
+        # what the optimizer gets
+        self.whole = torch.nn.Parameter(torch.cat([p.data.flatten() for p in self.params]))
         self.grad = torch.zeros_like(self.whole.data)
         self.grads = [g.view_as(p) for g, p in zip(self.grad.split(sizes), self.params)]
         for p, piece in zip(self.params, self.whole.data.split(sizes)): p.data = piece.view_as(p)
@@ -52,37 +54,46 @@ class LoRAGroup:
         self.shape = sum(self.sizes), self.base[0].in_features  # outputs of all, inputs
         if hasattr(layers[0], "lora_A") and not layers[0].disable_adapters:
             name = layers[0].active_adapters[0]
-            self.A, self.B = [l.lora_A[name].weight for l in layers], [l.lora_B[name].weight for l in layers]
+            self.A = [l.lora_A[name].weight for l in layers]
+            self.B = [l.lora_B[name].weight for l in layers]
             self.scale, self.p = layers[0].scaling[name], getattr(layers[0].lora_dropout[name], "p", 0.0)
         self.quantised = hasattr(self.base[0].weight, "quant_state")
 
-    def _dequantise(self, out):
-        from bitsandbytes.functional import dequantize_4bit
-        for part, b in zip(out.split(self.sizes), self.base):
-            dequantize_4bit(b.weight.data, b.weight.quant_state, out=part)
-        return out
+# %% ../nbs/02c_step.ipynb #i1186504
+@patch
+def _dequantise(self: LoRAGroup, out):
+    from bitsandbytes.functional import dequantize_4bit
+    for part, b in zip(out.split(self.sizes), self.base):
+        dequantize_4bit(b.weight.data, b.weight.quant_state, out=part)
+    return out
 
-    def keep(self, dtype):
-        "Hold the whole weight from now on."
-        if self.quantised:
-            self.kept = self._dequantise(torch.empty(self.shape, dtype=dtype, device=self.base[0].weight.device))
-            return
-        self.kept = torch.cat([b.weight.data for b in self.base]) if len(self.base) > 1 else self.base[0].weight.data
-        for b, w in zip(self.base, self.kept.split(self.sizes)): b.weight.data = w
+@patch
+def keep(self: LoRAGroup, dtype):
+    "Hold the whole weight from now on."
+    if self.quantised:
+        self.kept = self._dequantise(torch.empty(self.shape, dtype=dtype,
+                                                 device=self.base[0].weight.device))
+        return
+    self.kept = (torch.cat([b.weight.data for b in self.base]) if len(self.base) > 1
+                 else self.base[0].weight.data)
+    for b, w in zip(self.base, self.kept.split(self.sizes)): b.weight.data = w
 
-    def weight(self) -> torch.Tensor: # [outputs of all, inputs]
-        if self.kept is not None: return self.kept
-        if self.workspace["owner"] is not self:
-            self._dequantise(self.workspace["data"])
-            self.workspace["owner"] = self
-        return self.workspace["data"]
+@patch
+def weight(self: LoRAGroup) -> torch.Tensor: # [outputs of all, inputs]
+    if self.kept is not None: return self.kept
+    if self.workspace["owner"] is not self:
+        self._dequantise(self.workspace["data"])
+        self.workspace["owner"] = self
+    return self.workspace["data"]
 
-    def bind(self, start: int, low: torch.Tensor, grad: torch.Tensor): # where the adapters lie in the flat tensors
-        r, k = self.A[0].shape
-        middle, end = start + len(self.A) * r * k, start + len(self.A) * r * k + sum(self.sizes) * r
-        self.a, self.da = (t[start:middle].view(-1, k) for t in (low, grad))     # [linears × r, inputs]
-        self.b, self.db = (t[middle:end].view(-1, r).t() for t in (low, grad))   # [r, outputs of all]
-        return end
+# %% ../nbs/02c_step.ipynb #i0373605
+@patch
+def bind(self: LoRAGroup, start: int, low: torch.Tensor, grad: torch.Tensor): # where the adapters lie in the flat tensors
+    r, k = self.A[0].shape
+    middle, end = start + len(self.A) * r * k, start + len(self.A) * r * k + sum(self.sizes) * r
+    self.a, self.da = (t[start:middle].view(-1, k) for t in (low, grad))     # [linears × r, inputs]
+    self.b, self.db = (t[middle:end].view(-1, r).t() for t in (low, grad))   # [r, outputs of all]
+    return end
 
 # %% ../nbs/02c_step.ipynb #02c012
 def group_forward(
@@ -96,11 +107,13 @@ def group_forward(
     weight = group.weight()
     y = x @ weight.t() if residual is None else torch.addmm(residual, x, weight.t())
     if not group.A: return y, None
-    drop = Dropout(seed, group.place, len(group.layers), group.p, row) if seed is not None and group.p else None
+    drop = Dropout(seed, group.place, len(group.layers), group.p,
+                   row) if seed is not None and group.p else None
     h = group.ops.lora_down(x, group.a, group.scale, drop)
     group.ops.lora_up_(y, h, group.b, sizes=group.sizes)
     return y, (h, drop)
 
+# %% ../nbs/02c_step.ipynb #02c01213
 def group_backward(
     group: LoRAGroup,
     g: torch.Tensor,   # gradient of y
@@ -125,7 +138,8 @@ class Block:
     norm1: torch.Tensor; norm2: torch.Tensor; qkv: LoRAGroup; o: LoRAGroup; gu: LoRAGroup; down: LoRAGroup
     heads: int; key_heads: int; size: int; eps: float
 
-Saved = namedtuple("Saved", "x n1 r1 h1 q k v a seen h2 y n2 r2 h3 gu act")  # what a block needs for its way back
+# what a block needs for its way back
+Saved = namedtuple("Saved", "x n1 r1 h1 q k v a seen h2 y n2 r2 h3 gu act")
 
 def block_forward(
     block: Block,
@@ -159,6 +173,7 @@ def _deterministic():
         torch.use_deterministic_algorithms(before, warn_only=warn)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
+# %% ../nbs/02c_step.ipynb #02c01810
 def block_backward(
     block: Block,
     saved: Saved,    # from `block_forward`
@@ -191,7 +206,8 @@ def is_llama(
     if c.model_type != "llama" or biased or c.hidden_act != "silu": return False
     if (getattr(c, "rope_parameters", None) or {}).get("rope_type", "default") in ("dynamic", "longrope"):
         return False
-    return all(l.out_features % 16 == 0 for layer in base.model.layers for group in _seven(layer) for l in group)
+    return all(l.out_features % 16 == 0 for layer in base.model.layers for group in _seven(layer)
+               for l in group)
 
 def fits_llama(
     model, # PeftModel
@@ -202,6 +218,7 @@ def fits_llama(
     if sum(hasattr(m, "lora_A") for m in base.modules()) != 7 * len(base.model.layers): return False
     return all(_plain_lora(group, names[0]) for layer in base.model.layers for group in _seven(layer))
 
+# %% ../nbs/02c_step.ipynb #i8181013
 def _plain_lora(group, name): # one rank and scale, no bias, no DoRA, not merged
     if not all(hasattr(l, "lora_A") and name in l.lora_A for l in group): return False
     odd = any(l.merged or name in getattr(l, "lora_magnitude_vector", ()) or l.lora_B[name].bias is not None
@@ -216,10 +233,11 @@ def llama_blocks(
     "A model's layers as blocks; its parameters stay where they are."
     c, spaces, blocks = base.config, [dict(data=None, owner=None) for _ in range(4)], []
     for i, l in enumerate(base.model.layers):
-        groups = [LoRAGroup(s, 7 * i + n, space, ops) for s, n, space in zip(_seven(l), (0, 3, 4, 6), spaces)]
-        blocks.append(Block(l.input_layernorm.weight, l.post_attention_layernorm.weight,
-                            *groups, c.num_attention_heads, c.num_key_value_heads,
-                            getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads, c.rms_norm_eps))
+        groups = [LoRAGroup(s, 7 * i + n, space, ops)
+                  for s, n, space in zip(_seven(l), (0, 3, 4, 6), spaces)]
+        blocks.append(Block(l.input_layernorm.weight, l.post_attention_layernorm.weight, *groups,
+                            c.num_attention_heads, c.num_key_value_heads, getattr(c, "head_dim", None)
+                            or c.hidden_size // c.num_attention_heads, c.rms_norm_eps))
     return blocks, [g for b in blocks for g in (b.qkv, b.o, b.gu, b.down)]
 
 def angles_at(
@@ -231,6 +249,7 @@ def angles_at(
     half = cos.shape[-1] // 2
     return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
+# %% ../nbs/02c_step.ipynb #i7153817
 def hold_weights(
     groups: list[LoRAGroup], # from `llama_blocks`
     keep: bool,              # dequantise NF4 weights now and keep them, rather than each time they are needed
@@ -254,10 +273,12 @@ class Plan:
     longest: int = 1024 # tokens of an example, at most
 
     def __str__(self):
-        activations = "frugal: activations are computed again" if self.recompute else "speed: activations are kept"
+        activations = ("frugal: activations are computed again" if self.recompute
+                       else "speed: activations are kept")
         weights = "ready" if self.keep_weights else "dequantised when needed"
         return f"{activations}, weights {weights}, rows of up to {self.token_budget:,} tokens"
 
+# %% ../nbs/02c_step.ipynb #02c02011
 def plan_memory(
     model,          # PeftModel on its device
     recipe: Recipe, # `memory`, `max_length` and `batch_size`
@@ -274,7 +295,8 @@ def plan_memory(
     if free is None:
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     # autograd, and the formulas, hold more at a time than the kernels
-    if not by_hand or (model.device.type == "cuda" and operations(model.device).name == "PyTorch"): free = free // 2
+    if not by_hand or (model.device.type == "cuda" and operations(model.device).name == "PyTorch"):
+        free = free // 2
     # gradients, optimizer, libraries
     room = 0.9 * free - 16 * sum(p.numel() for p in model.parameters() if p.requires_grad) - 2**30
     block = (2 * d * d + 2 * d * kv + 3 * d * ff) * width
@@ -302,61 +324,73 @@ class FusedLlama:
         self.spaces = [g.workspace for g in groups[:4]]
         hold_weights(groups, plan.keep_weights, self.dtype)
         self.flat = FlatParameters(p for g in groups for p in g.A + g.B)
-        self.low = self.flat.whole.data if self.dtype == torch.float32 else self.flat.whole.data.to(self.dtype)
+        self.low = (self.flat.whole.data if self.dtype == torch.float32
+                    else self.flat.whole.data.to(self.dtype))
         start = 0
         for g in groups: start = g.bind(start, self.low, self.flat.grad)
         self.varlen = has_varlen(self.device, self.dtype, self.blocks[0].size)
         self.graphs = StepGraphs(self) if graphs and self.ops.name == "Triton" and self.varlen else None
 
-    def _forward(self, row, angles, seed, gradient): # the stream after the last block, and what each block saved
-        if self.low is not self.flat.whole.data: self.low.copy_(self.flat.whole.data)
-        for s in self.spaces: s["owner"] = None
-        x, tape = F.embedding(row.input_ids, self.base.model.embed_tokens.weight), []
-        for block in self.blocks:
-            saved = block_forward(block, x, row, angles, seed, gradient and not self.plan.recompute)
-            y, last = group_forward(block.down, saved.act, row, seed, residual=saved.y)
-            if self.plan.recompute and last[1]: last[1].masks.clear()  # drawn again on the way back
-            if gradient: tape.append((None if self.plan.recompute else saved, x, last))
-            x = y; del saved
-        return x, tape
+# %% ../nbs/02c_step.ipynb #i8152707
+@patch
+def _forward(self: FusedLlama, row, angles, seed, gradient): # the stream after the last block, and what each block saved
+    if self.low is not self.flat.whole.data: self.low.copy_(self.flat.whole.data)
+    for s in self.spaces: s["owner"] = None
+    x, tape = F.embedding(row.input_ids, self.base.model.embed_tokens.weight), []
+    for block in self.blocks:
+        saved = block_forward(block, x, row, angles, seed, gradient and not self.plan.recompute)
+        y, last = group_forward(block.down, saved.act, row, seed, residual=saved.y)
+        if self.plan.recompute and last[1]: last[1].masks.clear()  # drawn again on the way back
+        if gradient: tape.append((None if self.plan.recompute else saved, x, last))
+        x = y; del saved
+    return x, tape
 
-    @torch.no_grad()
-    def logits(self, row: Row) -> torch.Tensor: # [tokens, vocabulary], without dropout
-        x, _ = self._forward(row := row.to(self.device), angles_at(self.base, row.positions), None, False)
-        return self.ops.rms_norm(x, self.base.model.norm.weight, self.blocks[0].eps)[0] @ self.base.lm_head.weight.t()
+@patch
+@torch.no_grad()
+def logits(self: FusedLlama, row: Row) -> torch.Tensor: # [tokens, vocabulary], without dropout
+    x, _ = self._forward(row := row.to(self.device), angles_at(self.base, row.positions), None, False)
+    return self.ops.rms_norm(x, self.base.model.norm.weight,
+                             self.blocks[0].eps)[0] @ self.base.lm_head.weight.t()
 
-    @torch.no_grad()
-    def loss(self,
-        row: Row,        # examples
-        items,           # number of learnt tokens in the whole step
-        seed: int | torch.Tensor | None = None, # of the dropout; None: no dropout
-        gradient: bool = False, # also add the gradients to the flat gradient
-    ) -> torch.Tensor: # negative log-probability of the row's targets in nats, divided by `items`
-        "Forward, and if asked for backward."
-        norm, head, ops, row = self.base.model.norm.weight, self.base.lm_head.weight, self.ops, row.to(self.device)
-        items = torch.as_tensor(items, dtype=torch.float32, device=self.device)
-        if seed is not None: seed = torch.as_tensor(seed, device=self.device)
-        angles, targets, learnt = angles_at(self.base, row.positions), row.targets, slice(None)
-        x, tape = self._forward(row, angles, seed, gradient)
-        n, scale = ops.rms_norm(x, norm, self.blocks[0].eps)
-        # a recording must not depend on the data
-        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()): learnt = (targets != -100).nonzero()[:, 0]
-        logits = n[learnt] @ head.t()
-        loss = ops.cross_entropy_(logits, targets[learnt], items, gradient)
-        if not gradient: return loss
-        g = torch.zeros_like(x); g[learnt] = logits @ head
-        g = ops.rms_norm_backward(g, x, norm, scale, torch.zeros_like(g)); del x, n, logits
-        for i in reversed(range(len(self.blocks))):
-            saved, x, last = tape.pop()
-            if saved is None: saved = block_forward(self.blocks[i], x, row, angles, seed, True)
-            g = block_backward(self.blocks[i], saved, last, g, angles, i > 0)
-            del saved
-        return loss
+# %% ../nbs/02c_step.ipynb #i3631260
+@patch
+@torch.no_grad()
+def loss(self: FusedLlama,
+    row: Row,        # examples
+    items,           # number of learnt tokens in the whole step
+    seed: int | torch.Tensor | None = None, # of the dropout; None: no dropout
+    gradient: bool = False, # also add the gradients to the flat gradient
+) -> torch.Tensor: # negative log-probability of the row's targets in nats, divided by `items`
+    "Forward, and if asked for backward."
+    norm, head, ops = self.base.model.norm.weight, self.base.lm_head.weight, self.ops
+    row = row.to(self.device)
+    items = torch.as_tensor(items, dtype=torch.float32, device=self.device)
+    if seed is not None: seed = torch.as_tensor(seed, device=self.device)
+    angles, targets, learnt = angles_at(self.base, row.positions), row.targets, slice(None)
+    x, tape = self._forward(row, angles, seed, gradient)
+    n, scale = ops.rms_norm(x, norm, self.blocks[0].eps)
+    # a recording must not depend on the data
+    if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        learnt = (targets != -100).nonzero()[:, 0]
+    logits = n[learnt] @ head.t()
+    loss = ops.cross_entropy_(logits, targets[learnt], items, gradient)
+    if not gradient: return loss
+    g = torch.zeros_like(x); g[learnt] = logits @ head
+    g = ops.rms_norm_backward(g, x, norm, scale, torch.zeros_like(g)); del x, n, logits
+    for i in reversed(range(len(self.blocks))):
+        saved, x, last = tape.pop()
+        if saved is None: saved = block_forward(self.blocks[i], x, row, angles, seed, True)
+        g = block_backward(self.blocks[i], saved, last, g, angles, i > 0)
+        del saved
+    return loss
 
-    def step(self, row: Row, items, seed: int) -> torch.Tensor: # as `loss`
-        "Loss and gradients of a training row, replayed where that is possible."
-        fits = self.graphs and len(row.lengths) <= self.plan.examples and max(row.lengths) <= self.plan.longest
-        return self.graphs(row, items, seed) if fits else self.loss(row, items, seed, True)
+# %% ../nbs/02c_step.ipynb #i4185042
+@patch
+def step(self: FusedLlama, row: Row, items, seed: int) -> torch.Tensor: # as `loss`
+    "Loss and gradients of a training row, replayed where that is possible."
+    fits = (self.graphs and len(row.lengths) <= self.plan.examples
+            and max(row.lengths) <= self.plan.longest)
+    return self.graphs(row, items, seed) if fits else self.loss(row, items, seed, True)
 
 # %% ../nbs/02c_step.ipynb #02c033
 class StepGraphs:
@@ -372,51 +406,59 @@ class StepGraphs:
         self.seed = torch.zeros((), dtype=torch.int64, device=device)
         self.out, self.seconds = torch.zeros((), device=device), 0.0
 
-    def _fill(self, fixed, row): # `row` into the places of a longer one; the rest is one more example without targets
-        n, m = len(row.input_ids), len(row.bounds)
-        for to, tensor, rest in ((fixed.input_ids, row.input_ids, 0), (fixed.targets, row.targets, -100),
-                                 (fixed.positions, row.positions, 0), (fixed.numbers, row.numbers, 0)):
-            to[:n].copy_(tensor, non_blocking=True); to[n:] = rest
-        fixed.bounds[:m].copy_(row.bounds, non_blocking=True)
-        fixed.bounds[m:] = n
-        fixed.bounds[-1] = len(fixed.input_ids)
+# %% ../nbs/02c_step.ipynb #i0428687
+@patch
+def _fill(self: StepGraphs, fixed, row): # `row` into the places of a longer one; the rest is one more example without targets
+    n, m = len(row.input_ids), len(row.bounds)
+    for to, tensor, rest in ((fixed.input_ids, row.input_ids, 0), (fixed.targets, row.targets, -100),
+                             (fixed.positions, row.positions, 0), (fixed.numbers, row.numbers, 0)):
+        to[:n].copy_(tensor, non_blocking=True); to[n:] = rest
+    fixed.bounds[:m].copy_(row.bounds, non_blocking=True)
+    fixed.bounds[m:] = n
+    fixed.bounds[-1] = len(fixed.input_ids)
 
-    def _record(self, length):
-        start, plan = time.perf_counter(), self.engine.plan
-        new = lambda n: torch.zeros(n, dtype=torch.int64, device=self.engine.device)
-        bounds = (torch.arange(plan.examples + 2) * plan.longest).clamp(max=length).int().to(self.engine.device)
-        bounds[-1] = length
-        fixed = Row(new(length), new(length) - 100, new(length), new(length), bounds, [plan.longest], [0])
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            if not self.graphs:  # compile and load what the first pass compiles and loads
-                before = self.engine.flat.grad.clone()
-                self.engine.loss(fixed, self.items, self.seed, True); self.engine.flat.grad.copy_(before); del before
-            torch.cuda.synchronize(); torch.cuda.empty_cache()  # a recording cannot free what lies idle
-            graph = torch.cuda.CUDAGraph(); graph.capture_begin(pool=self.pool)
-            try: self.out.copy_(self.engine.loss(fixed, self.items, self.seed, True))
-            except BaseException:
-                with contextlib.suppress(Exception): graph.capture_end()
-                raise
-            graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        self.graphs[length] = graph, fixed
-        self.seconds += time.perf_counter() - start
+# %% ../nbs/02c_step.ipynb #i6798861
+@patch
+def _record(self: StepGraphs, length):
+    start, plan = time.perf_counter(), self.engine.plan
+    new = lambda n: torch.zeros(n, dtype=torch.int64, device=self.engine.device)
+    bounds = (torch.arange(plan.examples + 2) * plan.longest).clamp(max=length)
+    bounds = bounds.int().to(self.engine.device); bounds[-1] = length
+    fixed = Row(new(length), new(length) - 100, new(length), new(length), bounds, [plan.longest], [0])
+    self.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(self.stream):
+        if not self.graphs:  # compile and load what the first pass compiles and loads
+            before = self.engine.flat.grad.clone()
+            self.engine.loss(fixed, self.items, self.seed, True)
+            self.engine.flat.grad.copy_(before)
+            del before
+        torch.cuda.synchronize(); torch.cuda.empty_cache()  # a recording cannot free what lies idle
+        graph = torch.cuda.CUDAGraph(); graph.capture_begin(pool=self.pool)
+        try: self.out.copy_(self.engine.loss(fixed, self.items, self.seed, True))
+        except BaseException:
+            with contextlib.suppress(Exception): graph.capture_end()
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(self.stream)
+    self.graphs[length] = graph, fixed
+    self.seconds += time.perf_counter() - start
 
-    def __call__(self,
-        row: Row,  # within the plan's budget, examples and longest
-        items,     # learnt tokens of the whole step
-        seed: int, # of the dropout
-    ) -> torch.Tensor: # the loss
-        "Replay; gradients are added to the flat gradient."
-        whole = lambda n: -(-n // self.multiple) * self.multiple
-        length = whole(len(row.input_ids))
-        for n in (whole(self.engine.plan.token_budget), length) if not self.graphs else (length,):
-            if n not in self.graphs: self._record(n)
-        graph, fixed = self.graphs[length]
-        self._fill(fixed, row); self.items.copy_(torch.as_tensor(items)); self.seed.fill_(int(seed))
-        graph.replay()
-        return self.out.clone()
+# %% ../nbs/02c_step.ipynb #i6519962
+@patch
+def __call__(self: StepGraphs,
+    row: Row,  # within the plan's budget, examples and longest
+    items,     # learnt tokens of the whole step
+    seed: int, # of the dropout
+) -> torch.Tensor: # the loss
+    "Replay; gradients are added to the flat gradient."
+    whole = lambda n: -(-n // self.multiple) * self.multiple
+    length = whole(len(row.input_ids))
+    for n in (whole(self.engine.plan.token_budget), length) if not self.graphs else (length,):
+        if n not in self.graphs: self._record(n)
+    graph, fixed = self.graphs[length]
+    self._fill(fixed, row); self.items.copy_(torch.as_tensor(items)); self.seed.fill_(int(seed))
+    graph.replay()
+    return self.out.clone()
 
 # %% ../nbs/02c_step.ipynb #02c037
 def make_engine(

@@ -8,8 +8,8 @@ import gc, math, os, resource, shutil, time, zipfile
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from dataclasses import replace
 from pathlib import Path
-from .config import (ConfigError, DollyError, Recipe, environment, read_json, start_run, write_json,
-                               write_text)
+from .config import (ConfigError, DollyError, Recipe, environment, read_json, start_run,
+                               write_json, write_text)
 import torch, transformers
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
@@ -42,7 +42,8 @@ class DollyTrainer(SFTTrainer):
         world, scaler, flat = self.args.world_size, self.accelerator.scaler, self.engine.flat
         items = self._summed(sum((r.targets != -100).sum() for r in inputs["rows"]))
         one = torch.ones((), device=flat.whole.device)
-        scale = scaler.scale(one) if scaler else one   # fp16 alone: gradients are kept large while they are computed
+        # fp16 alone: gradients are kept large while they are computed
+        scale = scaler.scale(one) if scaler else one
         seed = (self.args.seed * 10**6 + self.state.global_step) * world + self.args.process_index
         flat.start()
         loss = sum(self.engine.step(row, items / scale, seed) for row in inputs["rows"])
@@ -51,9 +52,11 @@ class DollyTrainer(SFTTrainer):
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
                         metric_key_prefix="eval"):
-        rows = [(self.engine.loss(r, 1), (r.targets != -100).sum()) for batch in dataloader for r in batch["rows"]]
+        rows = [(self.engine.loss(r, 1), (r.targets != -100).sum()) for batch in dataloader
+                for r in batch["rows"]]
         nll, tokens = (self._summed(sum(column)) for column in zip(*rows))
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": float(nll / tokens)}, len(dataloader.dataset))
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": float(nll / tokens)},
+                              len(dataloader.dataset))
 
     def _summed(self, x): # over all processes
         x = x.to(self.engine.flat.whole.device)
@@ -103,6 +106,7 @@ class Progress(TrainerCallback):
             times = f"{_clock(self.step_s)} elapsed, {_clock(left)} left"
             self.log(f"{head}  loss {row['loss']:.4f}  lr {row['learning_rate']:.1e}  {times}")
 
+# %% ../nbs/02_train.ipynb #5bfff712
 def _clock(seconds): return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 # %% ../nbs/02_train.ipynb #00594cab
@@ -114,7 +118,8 @@ def training_arguments(
     "The recipe as TRL's arguments."
     dtype, cuda, world = compute_dtype(), torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     if recipe.batch_size % world:
-        raise ConfigError(f"batch_size={recipe.batch_size} cannot be shared by {world} processes: choose a multiple")
+        raise ConfigError(f"batch_size={recipe.batch_size} cannot be shared by {world} processes: "
+                          f"choose a multiple")
     return SFTConfig(
         output_dir=str(Path(run_dir) / "checkpoints"),
         num_train_epochs=recipe.epochs, max_steps=recipe.max_steps or -1,
@@ -141,14 +146,16 @@ def _whole(folder):
         names = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
         if (folder / "scaler.pt").exists(): names.append("scaler.pt")  # fp16 alone has one
         archives = [zipfile.ZipFile(folder / n).testzip() for n in names]
-        return bool(sizes) and not any(archives) and bool(read_json(folder / "trainer_state.json")["log_history"])
+        return (bool(sizes) and not any(archives)
+                and bool(read_json(folder / "trainer_state.json")["log_history"]))
     except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile): return False
 
 def last_checkpoint(
     run_dir: Path, # of the run
 ) -> Path | None:  # the newest whole checkpoint
     "Where to resume; a damaged checkpoint is passed over."
-    folders = sorted((Path(run_dir) / "checkpoints").glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1]))
+    folders = sorted((Path(run_dir) / "checkpoints").glob("checkpoint-*"),
+                     key=lambda p: -int(p.name.split("-")[1]))
     return next((f for f in folders if _whole(f)), None)
 
 # %% ../nbs/02_train.ipynb #564bc165
@@ -160,18 +167,20 @@ def summarise(
     "The training history: what the curves are drawn from, and the run in numbers."
     rows = trainer.state.log_history
     pick = lambda r, names: {k: r[k] for k in names if k in r}
-    log = [pick(r, ("step", "epoch", "loss", "learning_rate", "grad_norm", "train_s")) for r in rows if "loss" in r]
+    log = [pick(r, ("step", "epoch", "loss", "learning_rate", "grad_norm", "train_s"))
+           for r in rows if "loss" in r]
     validation = [pick(r, ("step", "epoch", "eval_loss", "train_s")) for r in rows if "eval_loss" in r]
     after = (r for r in validation if r["step"] > 0 and math.isfinite(r["eval_loss"]))
     best = min(after, key=lambda r: r["eval_loss"], default=validation[-1])
     seconds, steps = rows[-1]["train_s"], trainer.state.global_step
     tokens = counts["tokens"] * trainer.state.epoch
-    summary = dict(steps=steps, epochs=trainer.state.epoch, train_seconds=seconds, seconds_per_step=seconds / steps,
-                   real_tokens=round(tokens), real_tokens_per_second=tokens / seconds,
+    summary = dict(steps=steps, epochs=trainer.state.epoch, train_seconds=seconds, seconds_per_step=seconds
+                   / steps, real_tokens=round(tokens), real_tokens_per_second=tokens / seconds,
                    first_validation_loss=validation[0]["eval_loss"], best_validation_loss=best["eval_loss"],
                    best_step=best["step"], **facts)
     return dict(summary=summary, log=log, validation=validation, environment=environment())
 
+# %% ../nbs/02_train.ipynb #564bc112
 def model_card(
     recipe: Recipe, # of the run
     history: dict,  # from `summarise`
@@ -201,10 +210,21 @@ def train(
     for name, (rows, _) in data.items():
         if not len(rows):
             raise DollyError(f"no {name} example has room for a response within {recipe.max_length} tokens: "
-                             f"set a larger max_length")
+                             "set a larger max_length")
+    trainer, facts = _fit_somehow(recipe, run_dir, tokenizer, data, log)
+    lengths = [len(i) for i in data["train"][0]["input_ids"]]
+    history = summarise(trainer, data["train"][1], facts | dict(padding=padding_cost(lengths, 4)))
+    trainer.save_model(str(Path(run_dir) / "adapter"))
+    write_json(path, history)
+    write_text(Path(run_dir) / "adapter" / "README.md", model_card(recipe, history))  # last: the run is complete
+    del trainer; gc.collect(); torch.cuda.empty_cache()
+    return history
+
+# %% ../nbs/02_train.ipynb #i9956253
+def _fit_somehow(recipe, run_dir, tokenizer, data, log): # the trainer and facts, in as much memory as there is
     now, shrink = recipe, 1
     while True:
-        try: trainer, facts = _fit(now, run_dir, tokenizer, data, log, shrink); break
+        try: return _fit(now, run_dir, tokenizer, data, log, shrink)
         except torch.OutOfMemoryError:
             if "LOCAL_RANK" in os.environ:
                 raise DollyError("out of GPU memory in one of several processes: set memory=frugal") from None
@@ -215,14 +235,8 @@ def train(
             raise DollyError(f"out of GPU memory with rows of one example: "
                              f"set memory=frugal or a max_length below {recipe.max_length}")
         how = "activations are computed again" if shrink == 1 else f"rows are cut to 1/{shrink}"
-        log(f"out of memory: again from the last checkpoint, {how}; still {recipe.batch_size} examples a step")
-    lengths = [len(i) for i in data["train"][0]["input_ids"]]
-    history = summarise(trainer, data["train"][1], facts | dict(padding=padding_cost(lengths, 4)))
-    trainer.save_model(str(Path(run_dir) / "adapter"))
-    write_json(path, history)
-    write_text(Path(run_dir) / "adapter" / "README.md", model_card(recipe, history))  # last: the run is complete
-    del trainer; gc.collect(); torch.cuda.empty_cache()
-    return history
+        log(f"out of memory: again from the last checkpoint, {how}; "
+            f"still {recipe.batch_size} examples a step")
 
 # %% ../nbs/02_train.ipynb #f99b9192
 def _fit(recipe, run_dir, tokenizer, data, log, shrink):
@@ -234,9 +248,10 @@ def _fit(recipe, run_dir, tokenizer, data, log, shrink):
     args = training_arguments(recipe, run_dir, resume is not None)
     if "LOCAL_RANK" not in os.environ and args.n_gpu > 1: args._n_gpu = 1  # one process, one card
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    trainer = DollyTrainer(model=model, args=args, processing_class=tokenizer, callbacks=[Progress(log)],
-                           train_dataset=data["train"][0], eval_dataset=data["val"][0],
-                           data_collator=lambda examples: collate(examples, trainer.engine.plan.token_budget))
+    trainer = DollyTrainer(model=model, args=args, processing_class=tokenizer,
+                           callbacks=[Progress(log)], train_dataset=data["train"][0],
+                           eval_dataset=data["val"][0], data_collator=lambda examples: collate(examples,
+        trainer.engine.plan.token_budget))
     trainer.remove_callback(transformers.PrinterCallback)
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
@@ -249,20 +264,23 @@ def _fit(recipe, run_dir, tokenizer, data, log, shrink):
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer, _facts(engine, model, resume)
 
+# %% ../nbs/02_train.ipynb #f99b9117
 def _facts(engine, model, resume): # what the history says besides the curves
     cuda, graphs = torch.cuda.is_available(), getattr(engine, "graphs", None)
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (torch.cuda.max_memory_allocated() if cuda
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     return dict(peak_memory_gib=peak / 2**30,
                 trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-                resumed_from=resume and int(resume.name.split("-")[1]),
-                engine=type(engine).__name__, memory=str(engine.plan), token_budget=engine.plan.token_budget,
+                resumed_from=resume and int(resume.name.split("-")[1]), engine=type(engine).__name__,
+                memory=str(engine.plan), token_budget=engine.plan.token_budget,
                 graphs=len(graphs.graphs) if graphs else 0, graph_seconds=graphs.seconds if graphs else 0.0)
 
 def _check_disk(run_dir, need=2 * 2**30):
     free = shutil.disk_usage(run_dir).free
     if free < need:
         raise DollyError(f"only {free / 2**30:.1f} GiB free for {Path(run_dir).name}: "
-                         f"a run's checkpoints want {need / 2**30:.0f} GiB; " "free some or give another run_dir")
+                         f"a run's checkpoints want {need / 2**30:.0f} GiB; "
+                         "free some or give another run_dir")
 
 # %% ../nbs/02_train.ipynb #60a1e007
 def plot_history(
