@@ -285,7 +285,8 @@ def _limits(r):
     yield "Loss and ROUGE-L compare with one reference answer; a good answer in other words scores badly."
     yield f"No human has rated the answers.{rated}"
     if "Llama-2" not in p["base"]:
-        yield f"{_model(r)} stands in for LLaMA-2-7B: its numbers say nothing about the larger model's."
+        name = _model(r); name = name[0].upper() + name[1:]
+        yield f"{name} stands in for LLaMA-2-7B: its numbers say nothing about the larger model's."
     if p["base"] == "smollm2":
         yield ("The base model is an *Instruct* model, tuned before in another template: "
                "part of the gain is learning " "this one.")

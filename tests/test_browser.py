@@ -188,9 +188,18 @@ def test_compare_shows_both_and_the_adapter_is_on_afterwards(chat):
     assert "base heard: Who?" in base.inner_text() and "tuned heard: Who?" in tuned.inner_text()
     a, b = base.bounding_box(), tuned.bounding_box()
     assert abs(a["y"] - b["y"]) < 5 and (a["x"] + a["width"] <= b["x"] + 1 or b["x"] + b["width"] <= a["x"] + 1)   # side by side
+    if folder := os.environ.get("DOLLY_LORA_SCREENSHOTS"): chat.locator(".dl-chat").screenshot(path=Path(folder) / "compare.png")
     chat.locator(".dl-compare input").click()
     ask(chat, "And now?")
     assert "tuned heard: And now?" in answer(chat)
+
+
+def test_turns_stand_in_their_order_and_the_end_stays_in_view(chat):
+    for text in "First", "count", "Last": ask(chat, text)
+    assert chat.locator(".dl-page .dl-user").all_inner_texts() == ["First", "count", "Last"]   # as they are read out, too
+    page, last = chat.locator(".dl-page").bounding_box(), chat.locator(".dl-page .dl-answer").last.bounding_box()
+    assert page["y"] < last["y"] and last["y"] + last["height"] <= page["y"] + page["height"]
+    if folder := os.environ.get("DOLLY_LORA_SCREENSHOTS"): chat.locator(".dl-chat").screenshot(path=Path(folder) / "chat.png")
 
 
 @pytest.mark.parametrize("text", ["""<img src=x onerror="window.owned=1">""", "</div></div><script>window.owned=1</script>", "the price is $x$ or $$y^2$$", "[a](javascript:window.owned=1)"])

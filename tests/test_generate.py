@@ -47,6 +47,23 @@ def test_mixed_temperatures_and_adapters_too():
     with model.disable_adapter(): assert both(model)[0] == both(model)[1] != ours
 
 
+KERNEL = """
+import torch
+from dolly_lora.generate import _attend_cached_triton, attend_cached
+for heads, key_heads, size in ((6, 2, 16), (4, 4, 64), (9, 3, 64)):
+    q, (k, v), seen = torch.randn(3, heads, size), torch.randn(2, 3, key_heads, 100, size), torch.tensor([1, 70, 100])
+    torch.testing.assert_close(_attend_cached_triton(q, k, v, seen, 100), attend_cached(q, k, v, seen, 100), rtol=1e-4, atol=1e-5)
+    print("equal")
+"""
+
+
+def test_the_kernel_equals_its_formula_in_the_interpreter():
+    pytest.importorskip("triton")
+    env = os.environ | dict(TRITON_INTERPRET="1", PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run([sys.executable, "-c", KERNEL], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["equal"] * 3, done.stderr[-2000:]
+
+
 JOB = """
 import sys, time
 from unittest.mock import patch
