@@ -45,7 +45,7 @@ def _read(source, fields):
 
 # %% ../nbs/03c_alpaca.ipynb #03c006
 def load_reference(
-    source: str | Path = "official", # path of model_outputs.json (or .json.xz), or `official`: downloaded once, CC BY-NC 4.0
+    source: str | Path = "official", # `official` (downloaded once, CC BY-NC 4.0) or a path (.json, .json.xz)
 ) -> list[dict]: # dataset, instruction, output, generator; `DataError` for a file of another kind
     "The reference model's answers, in the official order."
     return _read(fetch(*OFFICIAL) if source == "official" else source,
@@ -145,7 +145,7 @@ def compare(
     path: str | Path,      # JSONL file in which the judge's replies are kept and from which they are replayed
     template: tuple = (),  # the prompt; default: `judge_prompt()` for an official judge, `OWN_PROMPT` for a local one
     log=print,             # gets the progress and the number of invalid pairs
-) -> list[dict]: # official format: `preference` from 1 to 2 (2: outputs_2 is better), None for an invalid reply; `orders`
+) -> list[dict]: # official format: `preference` from 1 to 2 (2: outputs_2 is better; None: invalid), and `orders`
     "Ask about every pair in both orders; `orders` is p(output_2 is better) when it is shown second, and first."
     template = template or (judge_prompt() if judge.official else OWN_PROMPT)
     known = {r["instruction"]: r for r in outputs_1}
@@ -301,23 +301,26 @@ def length_controlled(
 def score(
     annotations,       # list of dicts, DataFrame or path (.json, .json.xz) in the official format
     *,
-    difficulty=None,   # instruction_difficulty.csv's path, DataFrame or {instruction: difficulty}; None: no length control
+    difficulty=None,   # as for `length_controlled`; None: no length control
     gamed=None,        # path of df_gamed.csv (or .csv.xz) or DataFrame; None: not length-controlled
     positional: bool = False, # difficulty by the position of a row, which reproduces the official tool on any file
 ) -> dict: # the leaderboard's keys, rates in percent; `lc_refused` says why one is None; `DataError` for bad rows
     "Win rate and length-controlled win rate of output_2 over output_1."
     table = _table(annotations, positional)
     p = table.p.dropna()
-    result = dict(win_rate=100 * float(p.mean()), standard_error=100 * float(p.sem()) if len(p) > 1
-                  else None, n_wins=int((p > 0.5).sum()), n_wins_base=int((p < 0.5).sum()),
-                  n_draws=int((p == 0.5).sum()), n_total=len(p), discrete_win_rate=100 * float(
-            p.round().where(p != 0.5, 0.5).mean()), avg_length=int(table.output_2.str.len().mean()))
+    discrete = p.round().where(p != 0.5, 0.5)  # a tie is half a win
+    result = dict(win_rate=100 * float(p.mean()),
+                  standard_error=100 * float(p.sem()) if len(p) > 1 else None,
+                  n_wins=int((p > 0.5).sum()), n_wins_base=int((p < 0.5).sum()),
+                  n_draws=int((p == 0.5).sum()), n_total=len(p),
+                  discrete_win_rate=100 * float(discrete.mean()),
+                  avg_length=int(table.output_2.str.len().mean()))
     try: return result | length_controlled(table, difficulty, gamed, positional)
     except Refused as e:
         return result | dict(length_controlled_winrate=None, lc_standard_error=None, lc_refused=str(e))
 
 # %% ../nbs/03c_alpaca.ipynb #lcf1
-def length_control_files() -> tuple: # paths of instruction_difficulty.csv and df_gamed.csv; (None, None) without the hub
+def length_control_files() -> tuple: # paths of both files; (None, None) without the hub
     "What `score` needs for the length-controlled win rate."
     from huggingface_hub import hf_hub_download
     try:

@@ -32,9 +32,8 @@ def step_flops(
 ) -> float: # FLOP of forward and backward pass
     "The arithmetic of a QLoRA step."
     d, ff, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    q = config.num_attention_heads * (size := getattr(config, "head_dim", None)
-                                      or d // config.num_attention_heads)
-    kv = config.num_key_value_heads * size
+    size = getattr(config, "head_dim", None) or d // config.num_attention_heads
+    q, kv = config.num_attention_heads * size, config.num_key_value_heads * size
     shapes = [(d, q), (d, kv), (d, kv), (q, d), (d, ff), (d, ff), (ff, d)]
     token = layers * sum(4 * i * o + 6 * r * (i + o) for i, o in shapes)
     return (token * sum(lengths) + 7 * layers * q * sum(n * n for n in lengths)
@@ -121,9 +120,11 @@ class _Clock(TrainerCallback):
                 self.profiler.start()
         elif state.global_step == state.max_steps and self.profiler: self.profiler.stop()
 
-_KINDS = [("NF4 to bf16", r"[Dd]equant"), ("optimizer", r"[Oo]ptimizer|adam"), ("attention",
-    r"flash|fmha|attention|softmax_warp"), ("LoRA", r"^_down|^_up|^_outer|^_accumulate"), (
-        "matrix products", r"nvjet|gemm|cutlass|splitK|gemv|kernel2"), ("element-wise and the rest", r"")]
+_KINDS = [("NF4 to bf16", r"[Dd]equant"), ("optimizer", r"[Oo]ptimizer|adam"),
+          ("attention", r"flash|fmha|attention|softmax_warp"),
+          ("LoRA", r"^_down|^_up|^_outer|^_accumulate"),
+          ("matrix products", r"nvjet|gemm|cutlass|splitK|gemv|kernel2"),
+          ("element-wise and the rest", r"")]  # the first that is found counts
 
 def kernel_kind(
     name: str, # of a CUDA kernel
@@ -160,13 +161,14 @@ def measure(
     rate: float,     # from `matrix_rate`
 ) -> dict: # name, base, batch_size; s_per_step, tok_per_s (real tokens), peak_gib (None on a CPU) and those below
     """One way to do a step. Also returned: `floor_s` (the arithmetic alone at `rate`), `model_flops_utilisation`,
-    `full_recipe_min` (3 epochs of 12,009 examples), `graph_s` (recording graphs), `gpu_s` (seconds by kind of kernel)."""
+    `full_recipe_min` (3 epochs of 12,009 examples: 80 % of Dolly as it comes), `graph_s` (recording graphs),
+    `gpu_s` (seconds by kind of kernel)."""
     gc.collect(); torch.cuda.empty_cache()
     if torch.cuda.is_available(): torch._C._cuda_clearCublasWorkspaces()
     # whatever an earlier way has left behind is not this one's
     before = torch.cuda.memory_allocated() / 2**30
     size = recipe.batch_size; steps = len(data) // size
-    # a stock step fills a profiler
+    # a stock step is a hundred thousand kernels: one is enough for a profiler
     warm, profiled = (min(2, steps), 1) if way == "stock" else (steps, min(2, steps))
     clock = _Clock(warm, warm + steps)
     trainer = _run(way, recipe, data, clock, warm, profiled)
@@ -196,8 +198,8 @@ def bench(
         if p not in WAYS: raise ConfigError(f"no way {p!r} to do a step{_suggest(p, WAYS)}")
     tokenizer = load_tokenizer(recipe)
     rows = split(clean(load_dolly(recipe.dataset))[0], recipe)["train"]
-    rows = [rows[i] for i in torch.randperm(len(rows),
-                                            generator=torch.Generator().manual_seed(recipe.seed)).tolist()]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))
+    rows = [rows[i] for i in order.tolist()]
     data, _ = encode_split(rows[:int(1.1 * steps * recipe.batch_size) + 16], tokenizer, recipe)
     steps = min(steps, len(data) // recipe.batch_size)
     if not steps:
@@ -246,8 +248,8 @@ def _time_answers(way, slots, model, tokenizer, encoded, new_tokens): # seconds,
         with torch.inference_mode():
             out = dict(way(model, tokenizer, encoded, zeros[:, 0], zeros, n, slots, range(len(encoded))))
         seconds = time.perf_counter() - start
-    return (seconds, sum(map(len, out.values())), torch.cuda.max_memory_allocated() / 2**30 if on_gpu
-            else None)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+    return seconds, sum(map(len, out.values())), peak
 
 # %% ../nbs/02d_bench.ipynb #i9712277
 def bench_generate(

@@ -70,8 +70,8 @@ def _sampler(prompt, s, device): # None at temperature 0
     "What `generate` does to the logits, so that it draws what 03a_generate would."
     if not s["temperature"] > 0: return None
     draws = torch.tensor(uniform_draws(prompt, s["seed"], s["max_new_tokens"]), device=device)[None]
-    return LogitsProcessorList([TemperatureLogitsWarper(float(s["temperature"])), TopPLogitsWarper(
-                float(s["top_p"])), ChooseToken(torch.ones(1, device=device), draws)])
+    warp = TemperatureLogitsWarper(float(s["temperature"])), TopPLogitsWarper(float(s["top_p"]))
+    return LogitsProcessorList([*warp, ChooseToken(torch.ones(1, device=device), draws)])
 
 def _speaking(model, which):
     "The adapter off while the base speaks."
@@ -138,7 +138,7 @@ class Chat:
         max_tokens: int = 2048,    # prompt and answer together; older turns are left out beyond it
         system: str = "",          # a wish for the whole conversation
         temperature: float = 0.0,  # 0: the most likely token every time
-        top_p: float = 1.0,        # above temperature 0: only the likeliest tokens with this probability together
+        top_p: float = 1.0,        # above temperature 0: draw from the likeliest tokens that have it together
         seed: int = 42,            # of the drawing
         about: dict | None = None, # model, adapter: what a saved conversation says of its origin
     ):
@@ -409,11 +409,14 @@ def _arrange(self: ChatUI):
                  "send stop regen undo edit clear export").split():
         getattr(self, name).add_class("dl-" + name.replace("_", "-"))
     def row(*widgets): return w.HBox(widgets, layout=w.Layout(flex_flow="row wrap"))
-    self.box = w.VBox([w.HTML(STYLE, layout=w.Layout(display="none")), row(self.which, self.compare),
-                       self.system, row(self.temperature, self.top_p, self.seed, self.length),
-                       self.page, w.HBox([self.status, self.error]).add_class("dl-line"),
-                       w.HBox([self.message, self.send, self.stop]), row(self.regen, self.undo, self.edit,
-        self.clear, self.export), row(*self.examples)]).add_class("dl-chat")
+    self.box = w.VBox([
+        w.HTML(STYLE, layout=w.Layout(display="none")),
+        row(self.which, self.compare), self.system,
+        row(self.temperature, self.top_p, self.seed, self.length),
+        self.page, w.HBox([self.status, self.error]).add_class("dl-line"),
+        w.HBox([self.message, self.send, self.stop]),
+        row(self.regen, self.undo, self.edit, self.clear, self.export),
+        row(*self.examples)]).add_class("dl-chat")
 
 # %% ../nbs/04_chat.ipynb #c14ed70f
 @patch

@@ -244,8 +244,8 @@ def _obey(talk, command, rest):
 def _read(talk, leaving): # a line, None to leave, or "\x03" for a first Ctrl-C
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # said by the prompt: then the terminal listens
-        return input("(Ctrl-C once more leaves)\n> " * leaving or "> ").strip()
+        # said in the prompt itself: once it is read, the terminal listens
+        return input("(Ctrl-C once more leaves)\n> " if leaving else "> ").strip()
     except EOFError: print(); return None
     except KeyboardInterrupt: print(); return None if leaving else "\x03"
     finally: signal.signal(signal.SIGINT, lambda *_: talk.stop())
@@ -329,7 +329,7 @@ def _tell(asked, judged): # the numbers, a line each
         rating = "no valid rating" if s["average"] is None else f"MT-Bench-style rating {s['average']:.2f}"
         print(f"{model}: {rating} ({s['n_invalid']} of {s['n_rows']} invalid)")
     print(f"judged by {asked.name}: right answer against a wrong one {judged['check']['win_rate']:.0f} %"
-          + ("" if asked.official else "; not leaderboard numbers"))
+          + ("" if judged["official"] else "; not leaderboard numbers"))
 
 # %% ../nbs/06_cli.ipynb #i6827579
 def judge(

@@ -15,9 +15,10 @@ __all__ = ['PRESETS', 'EVALUATION', 'DollyError', 'ConfigError', 'Recipe', 'pars
            'show_fig', 'save_fig']
 
 # %% ../nbs/00_config.ipynb #141ce964
-# at import, on a CPU, it misses a kernel nobody asked for
+# bitsandbytes, imported on a CPU, complains of a kernel that nobody asked for
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-os.environ.setdefault("HF_HUB_VERBOSITY", "error")         # else it announces every retry without a network
+# huggingface_hub announces every retry without a network
+os.environ.setdefault("HF_HUB_VERBOSITY", "error");
 
 # %% ../nbs/00_config.ipynb #e95c6ac6
 class DollyError(ValueError):
@@ -198,9 +199,10 @@ def environment() -> dict: # python, packages, gpu (name and memory in GiB, or N
         commit = subprocess.run(["git", "rev-parse", "-q", "--verify", "HEAD"], cwd=project_root(),
                                 capture_output=True, text=True).stdout.strip()
     except OSError: commit = ""  # no git on this machine
-    return dict(python=platform.python_version(), packages={n: importlib.metadata.version(n)
-        for n in names}, cpu_cores=os.cpu_count(), commit=commit or os.environ.get("DOLLY_LORA_COMMIT"),
-                gpu=gpu and dict(name=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1)))
+    versions = {n: importlib.metadata.version(n) for n in names}
+    card = gpu and dict(name=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1))
+    return dict(python=platform.python_version(), packages=versions, cpu_cores=os.cpu_count(),
+                commit=commit or os.environ.get("DOLLY_LORA_COMMIT"), gpu=card)
 
 # %% ../nbs/00_config.ipynb #c29f97df
 # fields that what is learnt does not depend on
@@ -239,12 +241,12 @@ def show_fig(
     fig,      # a matplotlib Figure; it is closed
     alt: str, # what it shows, for a reader who cannot see it
 ):
-    "Show a figure with its text alternative; outside of a notebook nothing happens."
+    "Show a figure with its text alternative and close it; outside of a notebook it is only closed."
     from IPython import get_ipython
     from IPython.display import display
     import matplotlib.pyplot as plt
+    if not get_ipython(): plt.close(fig); return
     png = io.BytesIO(); fig.savefig(png, format="png", bbox_inches="tight"); plt.close(fig)
-    if not get_ipython(): return
     data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": alt}
     display(data, raw=True, metadata={"image/png": dict(alt=alt)})
 

@@ -75,7 +75,6 @@ def _download(source):
             return (_record(r, f"{source} row {n}")
                     for n, r in enumerate(load_dataset(source, split="train"), 1))
         path = Path(hf_hub_download(source, DOLLY["file"], repo_type="dataset", revision=DOLLY["revision"]))
-    except DataError: raise
     except Exception as e:  # a dozen kinds, from DNS to 404
         raise DataError(f"cannot get {source} from the hub ({type(e).__name__}): "
                         "give the path of a local copy, or dataset=sample for the embedded one") from None
@@ -106,9 +105,13 @@ def load_dolly(
     return Dataset.from_list(rows)
 
 # %% ../nbs/01_data.ipynb #6dbb308c
-_MARK = re.compile(r"(?<=\S)\[(?:[1-9]\d{0,2}|[a-z]|[A-Z](?=\]\W)|(?:note|nb|list|[nptNPT]|[Nn]\.|Note|Jp) "
-                   r"?(?:\d{1,3}|[a-z])" r"|[a-z -]*(?:needed|verification|not found)|when\?|who\?|by "
-                   r"whom\?|which\?|where\?|dubious[^\[\]]*)\](?!\w)")
+_MARK = re.compile(
+    r"(?<=\S)\[(?:"
+    r"[1-9]\d{0,2}|[a-z]|[A-Z](?=\]\W)"                              # [12], [a], [B]
+    r"|(?:note|nb|list|[nptNPT]|[Nn]\.|Note|Jp) ?(?:\d{1,3}|[a-z])"  # [note 3], [nb 2]
+    r"|[a-z -]*(?:needed|verification|not found)"                    # [citation needed]
+    r"|when\?|who\?|by whom\?|which\?|where\?|dubious[^\[\]]*"       # [when?]
+    r")\](?!\w)")
 _CODE = re.compile(r"\w\[0\]|\w\[\w+\] ?[=(.]|= ?\[")
 
 def strip_citations(
@@ -158,7 +161,8 @@ def split(
     home, lines = {}, collections.defaultdict(dict)
     for row in sorted(records, key=lambda r: [r[f] for f in FIELDS]):
         place = _place(row, recipe.seed)
-        lines[home.setdefault(place, row["category"])].setdefault(place, []).append(row)
+        category = home.setdefault(place, row["category"])  # of its first record: a passage stays whole
+        lines[category].setdefault(place, []).append(row)
     out = dict(train=[], val=[], test=[])
     for line in lines.values():
         total, seen = sum(map(len, line.values())), 0
@@ -226,11 +230,12 @@ def encode_split(
     "Encode a split and count what was cut or dropped."
     from datasets import Dataset
     every = encode_all(rows, tokenizer, recipe.max_length, recipe.train_on)
-    kept = [e for e in every if any(l != -100 for l in e["labels"][1:])]
+    kept = [e for e in every if any(l != -100 for l in e["labels"][1:])]  # the first token has nothing before it
     for e in kept: assert e["cut"] or e["labels"][-1] == tokenizer.eos_token_id
-    counts = dict(examples=len(kept), cut=sum(e["cut"] > 0 for e in kept), tokens_cut=sum(e["cut"]
-        for e in kept), dropped=len(every) - len(kept), tokens=sum(len(e["input_ids"])
-                  for e in kept), response_tokens=sum(l != -100 for e in kept for l in e["labels"]))
+    counts = dict(examples=len(kept), cut=sum(e["cut"] > 0 for e in kept),
+                  tokens_cut=sum(e["cut"] for e in kept), dropped=len(every) - len(kept),
+                  tokens=sum(len(e["input_ids"]) for e in kept),
+                  response_tokens=sum(l != -100 for e in kept for l in e["labels"]))
     return Dataset.from_list([{k: e[k] for k in ("input_ids", "labels")} for e in kept]), counts
 
 # %% ../nbs/01_data.ipynb #e951187c

@@ -93,8 +93,8 @@ def attend_cached(
 ) -> torch.Tensor: # [rows, heads, size]
     "Attention to the cache."
     mask = torch.arange(span, device=q.device)[None] < seen[:, None]
-    return F.scaled_dot_product_attention(q[:, :, None], k[:, :, :span],
-                                          v[:, :, :span], attn_mask=mask[:, None, None],
+    return F.scaled_dot_product_attention(q[:, :, None], k[:, :, :span], v[:, :, :span],
+                                          attn_mask=mask[:, None, None],
                                           enable_gqa=q.shape[1] != k.shape[1])[:, :, 0]
 
 # %% ../nbs/03a_generate.ipynb #i6606593
@@ -169,7 +169,8 @@ class Decoder:
         self.blocks, groups = llama_blocks(base, ops)
         self.row = 0 if ops is PLAIN else 2048  # tokens of a row of prompts; 0: as they come
         self.attend = attend_cached if ops is PLAIN else _attend_cached_triton
-        hold_weights(groups, keep, dtype := base.lm_head.weight.dtype)
+        dtype = base.lm_head.weight.dtype
+        hold_weights(groups, keep, dtype)
         for g in groups:
             if g.A:
                 low = torch.cat([p.detach().flatten() for p in g.A + g.B]).to(dtype)
@@ -193,7 +194,7 @@ def _take(d, x, who): # the next token of the slots `who`, from their last hidde
     d.tokens.copy_(chosen); d.count += who
     d.active.copy_(torch.where(who, (chosen != d.eos) & (d.count < d.out.shape[1]), d.active))
 
-def _advance(d, span): # a token for every slot at work; none has seen `span` tokens
+def _advance(d, span): # a token for every slot at work; each has seen fewer than `span` tokens
     def attention(i, q, k, v):
         for cache, new in zip(d.cache[i], (k, v)): cache[d.slot, :, d.lengths] = new
         return d.attend(q, *d.cache[i], d.lengths + 1, span)
@@ -336,12 +337,12 @@ def _encode(model, tokenizer, prompts, max_new_tokens): # token ids of each prom
 # %% ../nbs/03a_generate.ipynb #03a03116
 def _finish(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, todo, log):
     "Yield (number, Answer) of the prompts `todo`; when memory runs out, with half of the slots."
-    way, left = _decode if _decodes(model) else _plain, set(todo)
+    way, left = _decode if _decodes(model) else _plain, dict.fromkeys(todo)
     while left:
         try:
             for i, ids in way(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size,
-                              sorted(left)):
-                left.discard(i)
+                              list(left)):
+                del left[i]
                 yield i, _answer(ids, tokenizer)
         except torch.OutOfMemoryError as e:
             batch_size = getattr(e, "slots", min(batch_size, len(encoded)))
@@ -349,7 +350,7 @@ def _finish(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, 
                 raise DollyError(
                     f"out of GPU memory with one prompt of {max(len(encoded[i]) for i in left)} tokens: "
                     f"set a smaller max_new_tokens or a shorter prompt") from None
-            batch_size //= 2; log(f"out of memory: {batch_size} prompts at a time from here")
+            batch_size //= 2; log(f"out of memory: {batch_size} at a time from here")
         finally: torch.cuda.empty_cache()
 
 def _decodes(model): # a Llama, without an adapter or with one on every linear of its blocks

@@ -121,8 +121,8 @@ def _try(judge, q): # a Reply; None once the judge is over
                 f"check OPENAI_BASE_URL, OPENAI_API_KEY and the model's name")
         if not reply.error or reply.error.startswith(("refused", "fatal")): return reply
         if n + 1 < judge.tries:
-            judge.over.wait(min(60.0, float(after) if after.isdigit()
-                                else judge.wait * 2**n * (0.5 + random.random())))
+            wait = judge.wait * 2**n * (0.5 + random.random())
+            judge.over.wait(min(60.0, float(after) if after.isdigit() else wait))
     judge.lost += 1
     if judge.lost > judge.workers:
         judge.stop(f"{judge.url} does not answer ({reply.error}): what was judged is kept; "
@@ -147,8 +147,9 @@ class EndpointJudge:
                              f"or OPENAI_BASE_URL to a server of your own, or take judge=local")
         if not key.isascii():
             raise JudgeError("OPENAI_API_KEY has characters that no key has: copy it again")
-        self.client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key
-                                   else {}, limits=httpx.Limits(max_connections=workers))
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.client = httpx.Client(timeout=timeout, headers=headers,
+                                   limits=httpx.Limits(max_connections=workers))
 
     def stop(self, problem: str): self.problem = problem; self.over.set() # ask no more
 
@@ -178,9 +179,8 @@ def _choice_logprobs(prompt, choices, ids, at): # `at`: log-probabilities of the
     out = {}
     for choice, c in zip(choices, ids):
         out[choice] = sum(float(at[prompt + c[:k]][t]) for k, t in enumerate(c))
-        # "1" that goes on to "10" is not a 1
-        rest = sum(float(at[prompt + c][d[len(c)]].exp()) for d in ids if len(d) == len(c) + 1
-                   and d[:len(c)] == c)
+        longer = [d for d in ids if len(d) == len(c) + 1 and d[:len(c)] == c]
+        rest = sum(float(at[prompt + c][d[-1]].exp()) for d in longer)  # "1" that goes on to "10" is not a 1
         if rest: out[choice] += float(torch.log(torch.tensor(max(1e-12, 1 - rest))))
     return out
 
@@ -264,8 +264,8 @@ def estimate(
     asked = sum(len(t) for q in todo for _, t in q.messages) // 4
     told = sum(1 if q.choices and q.max_tokens == 1 else 250 for q in todo)
     price = PRICES.get(judge.name) if judge.official else (0, 0)
-    return dict(calls=len(todo), tokens=asked, usd=(asked * price[0] + told * price[1]) / 1e6 if price
-                else None)
+    usd = (asked * price[0] + told * price[1]) / 1e6 if price else None
+    return dict(calls=len(todo), tokens=asked, usd=usd)
 
 # %% ../nbs/03b_judge.ipynb #03b026
 def fetch(

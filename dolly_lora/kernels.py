@@ -206,7 +206,7 @@ def _swiglu_backward_triton(g, gu):
 class Dropout:
     "The masks of linears with a common input: drawn from (seed, place), so that they can be drawn again."
     def __init__(self,
-        seed: torch.Tensor, # int64, on the device; of this step and row
+        seed: torch.Tensor, # int64, on the device; of this step, the same for all its rows
         place: int,         # number of the first linear in the model
         linears: int,       # how many share the input
         p: float,           # share that is dropped, 0 < p < 1
@@ -377,10 +377,10 @@ def _accumulate(out, part, C, n, S, s0, s1, BC: tl.constexpr, T: tl.constexpr, B
 # %% ../nbs/02b_kernels.ipynb #02b043
 def _where(x, drop, sizes): # the arguments that say which linear reads what
     ends = [sum(sizes[:1]), sum(sizes[:2])] if sizes else [0, 0]
-    key = (drop.seed, drop.row.numbers, drop.place, min(2**32 - 1, round(drop.p * 2**32))) if drop else (x,
-        x, 0, 0)
-    return (len(sizes) if sizes else drop.linears if drop else 1, key, 1 / (1 - drop.p) if drop else 1.0,
-            ends, dict(PART=bool(sizes), DROP=drop is not None))
+    how = dict(PART=bool(sizes), DROP=drop is not None)
+    if not drop: return len(sizes) if sizes else 1, (x, x, 0, 0), 1.0, ends, how
+    key = drop.seed, drop.row.numbers, drop.place, min(2**32 - 1, round(drop.p * 2**32))
+    return len(sizes) if sizes else drop.linears, key, 1 / (1 - drop.p), ends, how
 
 def _block(sizes, most): # the largest block that ends where the linears end
     return next(b for b in (most, 64, 32, 16) if b <= most and not any(s % b for s in sizes or [0]))
@@ -408,10 +408,11 @@ def _lora_grad_triton(out, h, x, drop=None, sizes=None):
     R, BC, L = h.shape[1] // G, _block(sizes, 64), 1 if sizes else G
     S = max(1, min(16, 1024 // (_cdiv(C, BC) * L), _cdiv(N, 128)))
     part = torch.empty(S, L * R, C, dtype=torch.float32, device=x.device)
-    _outer[(_cdiv(C, BC), S, L)](part, h, x, *key, factor, N, C, *ends, x.stride(0), _cdiv(_cdiv(N, S),
-        32) * 32, R, G=G, **how, BT=32, BC=BC, BR=max(16, _pow2(R)), num_warps=4, num_stages=3)
+    rows = _cdiv(_cdiv(N, S), 32) * 32  # tokens of a program
+    _outer[(_cdiv(C, BC), S, L)](part, h, x, *key, factor, N, C, *ends, x.stride(0), rows, R, G=G, **how,
+                                 BT=32, BC=BC, BR=max(16, _pow2(R)), num_warps=4, num_stages=3)
     _accumulate[(_cdiv(C, 64), _cdiv(L * R, 16))](out, part, C, L * R, S, *out.stride(), BC=64, BR=16,
-        T=out.stride(0) < out.stride(1))
+                                                  T=out.stride(0) < out.stride(1))
 
 # %% ../nbs/02b_kernels.ipynb #02b049
 def cross_entropy_(
@@ -424,8 +425,8 @@ def cross_entropy_(
     p, known, target = logits.float().log_softmax(-1), targets != -100, targets.clamp(min=0)[:, None]
     loss = -p.gather(1, target)[:, 0][known].sum() / items
     if gradient:
-        logits.copy_(p.exp_().scatter_add_(1, target,
-                                           torch.full_like(p[:, :1], -1.0)) * (known[:, None] / items))
+        minus_one = torch.full_like(p[:, :1], -1.0)
+        logits.copy_(p.exp_().scatter_add_(1, target, minus_one) * (known[:, None] / items))
     return loss
 
 # %% ../nbs/02b_kernels.ipynb #02b051

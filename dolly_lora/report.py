@@ -22,12 +22,15 @@ def collect(
     run_dir, run = Path(run_dir), read_json(Path(run_dir) / "recipe.json")
     history = read_json(run_dir / "training_history.json")
     stages = read_json(run_dir / "stages.json") if (run_dir / "stages.json").exists() else {}
-    bench = ([json.loads(line) for line in (run_dir / "bench.jsonl").read_text(
-                encoding="utf-8").splitlines()] if (run_dir / "bench.jsonl").exists() else [])
-    return dict(recipe=run["recipe"], environment=history["environment"], data=read_json(run_dir / "data"
-        / "statistics.json"), tokens=read_json(run_dir / "data" / "tokens.json"), training={k: history[k]
-        for k in ("summary", "validation", "log")}, evaluation=read_json(run_dir / "metrics.json"),
-                before_after=read_json(run_dir / "before_after.json"), stages=stages, bench=bench)
+    measured = run_dir / "bench.jsonl"
+    bench = measured.read_text(encoding="utf-8").splitlines() if measured.exists() else []
+    return dict(recipe=run["recipe"], environment=history["environment"],
+                data=read_json(run_dir / "data" / "statistics.json"),
+                tokens=read_json(run_dir / "data" / "tokens.json"),
+                training={k: history[k] for k in ("summary", "validation", "log")},
+                evaluation=read_json(run_dir / "metrics.json"),
+                before_after=read_json(run_dir / "before_after.json"),
+                stages=stages, bench=[json.loads(line) for line in bench])
 
 # %% ../nbs/05_report.ipynb #3e6d4ef1
 _ESCAPES = {"|": "&#124;", "\n": "<br>", "*": "&#42;", "_": "&#95;", "`": "&#96;", "[": "&#91;"}
@@ -100,71 +103,82 @@ def section_implementation(r: dict) -> str: # `r` from `collect`; Markdown
     "The method and its hyperparameters."
     p, s, gpu = r["recipe"], r["training"]["summary"], r["environment"]["gpu"]
     four = p["load_in_4bit"] and gpu
-    rows = [["base model", _model(r)], ["base weights", "4-bit NF4 with double quantisation" if four
-                                        else "full precision (no GPU, or not asked for)"], ["LoRA",
-        f"rank {p['lora_r']}, alpha {p['lora_alpha']}, dropout {p['lora_dropout']}, "
-        "on the seven linears of every block"], ["loss", f"on the {p['train_on']}, end token included"],
-            ["batch", f"{p['batch_size']} whole examples a step, "
-             f"in rows without padding of up to {s['token_budget']:,} tokens"], ["optimizer",
-        f"{p['optimizer'] if gpu else 'adamw_torch'}, peak learning rate {p['learning_rate']:g}, "
-        f"{p['warmup_ratio']:.0%} warm-up, cosine to zero"], ["length", f"cut at {p['max_length']} tokens"],
-            ["checkpoints", f"every {p['eval_steps']} steps and at the end; best by validation loss"],
-            ["memory", f"{p['memory']}: {s['memory']}"], ["seed", p["seed"]]]
+    rows = {
+        "base model": _model(r),
+        "base weights": "4-bit NF4 with double quantisation" if four else "full precision (no GPU, or not asked for)",
+        "LoRA": f"rank {p['lora_r']}, alpha {p['lora_alpha']}, dropout {p['lora_dropout']}, "
+                "on the seven linears of every block",
+        "loss": f"on the {p['train_on']}, end token included",
+        "batch": f"{p['batch_size']} whole examples a step, "
+                 f"in rows without padding of up to {s['token_budget']:,} tokens",
+        "optimizer": f"{p['optimizer'] if gpu else 'adamw_torch'}, peak learning rate {p['learning_rate']:g}, "
+                     f"{p['warmup_ratio']:.0%} warm-up, cosine to zero",
+        "length": f"cut at {p['max_length']} tokens",
+        "checkpoints": f"every {p['eval_steps']} steps and at the end; best by validation loss",
+        "memory": f"{p['memory']}: {s['memory']}",
+        "seed": p["seed"]}
     return ("The frozen base model is loaded by transformers and bitsandbytes, PEFT adds the adapters, "
             "TRL's SFTTrainer trains them. One prompt template serves training, evaluation and chat. "
-            "Validation loss is weighted by tokens, not by batches.\n\n" + _table(["", "setting"], rows))
+            "Validation loss is weighted by tokens, not by batches.\n\n" + _table(["", "setting"], rows.items()))
 
 # %% ../nbs/05_report.ipynb #a076800b
 def section_training(r: dict) -> str: # `r` from `collect`; Markdown
     "The curves and what they say."
     s = r["training"]["summary"]
-    resumed = (f" The run was interrupted and resumed from step {s['resumed_from']}." if s["resumed_from"]
-               else "")
-    return (f"Validation loss went from {s['first_validation_loss']:.4f} before training to "
-            f"{s['best_validation_loss']:.4f} at step {s['best_step']:,} of {s['steps']:,}; "
-            f"those weights were kept.{resumed}\n" + _figure("training_curves",
-        "Training and validation loss on " "the tokens that are learnt, and the learning rate.")
-            + "\n" + _table(["step", "epoch", "validation loss"], [[v["step"], f"{v['epoch']:.2f}",
-        f"{v['eval_loss']:.4f}"] for v in r["training"]["validation"]]))
+    text = (f"Validation loss went from {s['first_validation_loss']:.4f} before training to "
+            f"{s['best_validation_loss']:.4f} at step {s['best_step']:,} of {s['steps']:,}; those weights were kept.")
+    if s["resumed_from"]: text += f" The run was interrupted and resumed from step {s['resumed_from']}."
+    text += "\n" + _figure("training_curves", "Training and validation loss on the tokens that are learnt, "
+                           "and the learning rate.") + "\n"
+    return text + _table(["step", "epoch", "validation loss"],
+                         [[v["step"], f"{v['epoch']:.2f}", f"{v['eval_loss']:.4f}"]
+                          for v in r["training"]["validation"]])
 
 # %% ../nbs/05_report.ipynb #3a802835
 def section_evaluation(r: dict) -> str: # `r` from `collect`; Markdown
     "Base against tuned: loss, ROUGE-L, endings, lengths, answers."
     e = r["evaluation"]; b, t = e["test"]["base"], e["test"]["tuned"]
-    rows = [["test loss (nats a token)", b["loss"], t["loss"]],
-            ["perplexity", b["perplexity"], t["perplexity"]], ["ROUGE-L (%)", b["rouge_l"], t["rouge_l"]],
-            ["answers that end by themselves (%)", b["finished"], t["finished"]],
-            [f"mean words (references: {t['mean_reference_words']:.0f})", b["mean_words"], t["mean_words"]]]
+    names = {"loss": "test loss (nats a token)", "perplexity": "perplexity", "rouge_l": "ROUGE-L (%)",
+             "finished": "answers that end by themselves (%)",
+             "mean_words": f"mean words (references: {t['mean_reference_words']:.0f})"}
+    rows = [[name, b[k], t[k]] for k, name in names.items()]
     for key, name in ("alpaca_eval", "AlpacaEval"), ("mt_bench", "MT-Bench"):
-        rows += [[f"{name}{'-shaped sample' if e[key]['source'] == 'sample' else ''} ({e[key]['prompts']} "
-                  f"prompts, {e[key]['in_training']} of them in the training split): answers that end "
-                  f"by themselves (%)", e[key]["base"]["finished"], e[key]["tuned"]["finished"]]]
-    shown = [[x["instruction"] + (f"\n\n({x['context']})" if x["context"] else ""), x["before"]
-              + ("" if x["before_finished"] else " …"), x["after"] + ("" if x["after_finished"] else " …"),
-              x["reference"]] for x in r["before_after"]]
-    return (
-        f"Both models are the same weights with the adapter off and on. Losses are over {b['tokens']:,} "
-        f"response tokens of {r['data']['splits']['test']:,} test records; {t['answers']:,} of "
-        f"their prompts were answered greedily, up to {r['recipe']['max_new_tokens']} tokens.\n\n" + _table(
-            ["", "base", "tuned"], rows) + _figure("test_loss", "Test loss by category, base and tuned.")
-        + _figure("answer_lengths", "Length of the answers to test prompts.")
-        + f"\n### Before and after\n\nQuestions written for this course, none of them trained on; "
-        f"up to {min(80, r['recipe']['max_new_tokens'])} tokens each (… marks an answer that was cut "
-        f"off).\n\n" + _table(["instruction", "before", "after", "reference"], shown))
+        of = f"{name}{'-shaped sample' if e[key]['source'] == 'sample' else ''}"
+        rows += [[f"{of} ({e[key]['prompts']} prompts, {e[key]['in_training']} of them in the training split): "
+                  "answers that end by themselves (%)", e[key]["base"]["finished"], e[key]["tuned"]["finished"]]]
+    text = (f"Both models are the same weights with the adapter off and on. Losses are over {b['tokens']:,} "
+            f"response tokens of {r['data']['splits']['test']:,} test records; {t['answers']:,} of "
+            f"their prompts were answered greedily, up to {r['recipe']['max_new_tokens']} tokens.\n\n")
+    text += _table(["", "base", "tuned"], rows)
+    text += _figure("test_loss", "Test loss by category, base and tuned.")
+    return text + _figure("answer_lengths", "Length of the answers to test prompts.") + _before_after(r)
+
+def _before_after(r):
+    cut = lambda text, whole: text if whole else text + " …"
+    rows = [[x["instruction"] + (f"\n\n({x['context']})" if x["context"] else ""),
+             cut(x["before"], x["before_finished"]), cut(x["after"], x["after_finished"]), x["reference"]]
+            for x in r["before_after"]]
+    return (f"\n### Before and after\n\nQuestions written for this course, none of them trained on; "
+            f"up to {min(80, r['recipe']['max_new_tokens'])} tokens each (… marks an answer that was cut off).\n\n"
+            + _table(["instruction", "before", "after", "reference"], rows))
 
 # %% ../nbs/05_report.ipynb #i4351199
+def _judge(j): # in words
+    name = j["judge"].removeprefix("local ")
+    if name == j["judge"]: return f"{name}, and the prompts are not the official sets."
+    return (f"{MODELS.get(name, name)}, run locally, which reads its own probabilities for the possible verdicts. "
+            "Published AlpacaEval win rates and MT-Bench scores are GPT-4's verdicts; "
+            "nothing here can be compared with them.")
+
 def _worth(j): # what the judge is, and what its examination says
-    c, who = j["check"], MODELS.get(j["judge"].removeprefix("local "), j["judge"].removeprefix("local "))
-    text = "" if j["official"] else (
-        f"> **These are not leaderboard numbers.** The judge is {who}, run locally, which reads its own "
-        "probabilities for the possible verdicts. Published AlpacaEval win rates and MT-Bench scores are "
-        "GPT-4's verdicts; nothing here can be compared with them.\n\n")
-    verdict = ("It tells right from wrong." if c["low"] > 90 else "That is better than guessing, "
-               "and not reliable." if c["low"] > 50 else "That is guessing: "
+    c = j["check"]
+    text = "" if j["official"] else f"> **These are not leaderboard numbers.** The judge is {_judge(j)}\n\n"
+    verdict = ("That is guessing: "
                "**the numbers below say how the evaluation works, not how good the answers are.**")
+    if c["low"] > 50: verdict = "That is better than guessing, and not reliable."
+    if c["low"] > 90: verdict = "It tells right from wrong."
     return text + (
-        "**Can it judge?** Shown the answer that people wrote "
-        "to a test instruction and one that they wrote to "
+        "**Can it judge?** Shown the answer that people wrote to a test instruction and one that they wrote to "
         f"another, it takes the right one with {c['win_rate']:.0f} % (95 % interval {c['low']:.0f} to "
         f"{c['high']:.0f}; a coin has 50, a reader 100), and changes its verdict with the order in "
         f"{c['consistency']['contradicted']:.0f} % of the pairs. {verdict}\n")
@@ -264,23 +278,26 @@ def _changes(e): # sentences on what improved, and on what did not
     gain = {c: v["base"] - v["tuned"] for c, v in e["by_category"].items()}
     best, least = max(gain, key=gain.get), min(gain, key=gain.get)
     zero = "excludes" if d["high"] < 0 or d["low"] > 0 else "includes"
-    near = (abs(t["mean_words"] - t["mean_reference_words"])
-            < abs(b["mean_words"] - t["mean_reference_words"]))
-    said = [(d["high"] < 0, f"The loss on held-out references changed by {d['difference']:+.3f} "
-             f"nats a token, an interval that {zero} zero; most in {best} ({-gain[best]:+.3f}), "
-             f"least in {least} ({-gain[least]:+.3f})."), (t["finished"] > b["finished"],
-        f"{t['finished']:.0f} % of the tuned model's answers end by themselves, "
-        f"{b['finished']:.0f} % of the base model's."),
-            (t["rouge_l"] > b["rouge_l"], f"ROUGE-L went from {b['rouge_l']:.1f} to {t['rouge_l']:.1f} %."),
-            (near, f"Answers have {t['mean_words']:.0f} words on average after {b['mean_words']:.0f}; "
-             f"the references have {t['mean_reference_words']:.0f}.")]
+    off = {n: abs(m["mean_words"] - m["mean_reference_words"]) for n, m in (("base", b), ("tuned", t))}
+    said = [
+        (d["high"] < 0,
+         f"The loss on held-out references changed by {d['difference']:+.3f} nats a token (its 95 % interval "
+         f"{zero} zero); most in {best} ({-gain[best]:+.3f}), least in {least} ({-gain[least]:+.3f})."),
+        (t["finished"] > b["finished"],
+         f"{t['finished']:.0f} % of the tuned model's answers end by themselves, "
+         f"{b['finished']:.0f} % of the base model's."),
+        (t["rouge_l"] > b["rouge_l"], f"ROUGE-L went from {b['rouge_l']:.1f} to {t['rouge_l']:.1f} %."),
+        (off["tuned"] < off["base"],
+         f"Answers have {t['mean_words']:.0f} words on average after {b['mean_words']:.0f}; "
+         f"the references have {t['mean_reference_words']:.0f}.")]
     return [text for good, text in said if good], [text for good, text in said if not good]
 
 # %% ../nbs/05_report.ipynb #fd6d3e18
 def _limits(r):
-    p, official = r["recipe"], r["evaluation"]["judgments"]["official"]
-    rated = ("" if official
-             else " The judge was a local model; its win rates and ratings compare with no published ones.")
+    p, judged = r["recipe"], r["evaluation"]["judgments"]
+    judge = "a local model" if judged["judge"].startswith("local") else judged["judge"]
+    rated = "" if judged["official"] else (
+        f" The judge was {judge}; its win rates and ratings compare with no published ones.")
     yield f"One run with one seed ({p['seed']}); the interval above covers the choice of test records only."
     yield "Loss and ROUGE-L compare with one reference answer; a good answer in other words scores badly."
     yield f"No human has rated the answers.{rated}"
@@ -289,7 +306,7 @@ def _limits(r):
         yield f"{name} stands in for LLaMA-2-7B: its numbers say nothing about the larger model's."
     if p["base"] == "smollm2":
         yield ("The base model is an *Instruct* model, tuned before in another template: "
-               "part of the gain is learning " "this one.")
+               "part of the gain is learning this one.")
     if p["alpaca"] == "sample":
         yield "The benchmark-shaped prompts are the course's own few, not the official sets."
 

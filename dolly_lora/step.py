@@ -88,7 +88,8 @@ def weight(self: LoRAGroup) -> torch.Tensor: # [outputs of all, inputs]
 
 # %% ../nbs/02c_step.ipynb #i0373605
 @patch
-def bind(self: LoRAGroup, start: int, low: torch.Tensor, grad: torch.Tensor): # where the adapters lie in the flat tensors
+def bind(self: LoRAGroup, start: int, low: torch.Tensor, grad: torch.Tensor) -> int: # the end of its part
+    "Take the adapters' part of the flat tensors, from `start` on."
     r, k = self.A[0].shape
     middle, end = start + len(self.A) * r * k, start + len(self.A) * r * k + sum(self.sizes) * r
     self.a, self.da = (t[start:middle].view(-1, k) for t in (low, grad))     # [linears × r, inputs]
@@ -107,8 +108,8 @@ def group_forward(
     weight = group.weight()
     y = x @ weight.t() if residual is None else torch.addmm(residual, x, weight.t())
     if not group.A: return y, None
-    drop = Dropout(seed, group.place, len(group.layers), group.p,
-                   row) if seed is not None and group.p else None
+    drop = None
+    if seed is not None and group.p: drop = Dropout(seed, group.place, len(group.layers), group.p, row)
     h = group.ops.lora_down(x, group.a, group.scale, drop)
     group.ops.lora_up_(y, h, group.b, sizes=group.sizes)
     return y, (h, drop)
@@ -200,7 +201,7 @@ def _seven(layer): # the linears of a block, those that share their input togeth
 def is_llama(
     base, # a transformers model
 ) -> bool:
-    "Llama as the blocks here compute it: no biases, angles independent of the row, sizes in sixteens (a kernel's block)."
+    "A Llama as the blocks here compute it: no biases, angles independent of the row, sizes in sixteens."
     c = base.config
     biased = getattr(c, "attention_bias", False) or getattr(c, "mlp_bias", False)
     if c.model_type != "llama" or biased or c.hidden_act != "silu": return False
@@ -212,7 +213,7 @@ def is_llama(
 def fits_llama(
     model, # PeftModel
 ) -> bool:
-    "Can `FusedLlama` compute it? A Llama, one plain LoRA adapter on the seven linears of every block, on nothing else."
+    "Can `FusedLlama` compute it? A Llama, one plain LoRA adapter on the seven linears of each block alone."
     base, names = model.get_base_model(), model.active_adapters
     if not is_llama(base) or len(names) != 1: return False
     if sum(hasattr(m, "lora_A") for m in base.modules()) != 7 * len(base.model.layers): return False
@@ -232,12 +233,12 @@ def llama_blocks(
 ) -> tuple[list[Block], list[LoRAGroup]]: # the blocks, and all their groups
     "A model's layers as blocks; its parameters stay where they are."
     c, spaces, blocks = base.config, [dict(data=None, owner=None) for _ in range(4)], []
+    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     for i, l in enumerate(base.model.layers):
         groups = [LoRAGroup(s, 7 * i + n, space, ops)
                   for s, n, space in zip(_seven(l), (0, 3, 4, 6), spaces)]
         blocks.append(Block(l.input_layernorm.weight, l.post_attention_layernorm.weight, *groups,
-                            c.num_attention_heads, c.num_key_value_heads, getattr(c, "head_dim", None)
-                            or c.hidden_size // c.num_attention_heads, c.rms_norm_eps))
+                            c.num_attention_heads, c.num_key_value_heads, size, c.rms_norm_eps))
     return blocks, [g for b in blocks for g in (b.qkv, b.o, b.gu, b.down)]
 
 def angles_at(
@@ -333,7 +334,7 @@ class FusedLlama:
 
 # %% ../nbs/02c_step.ipynb #i8152707
 @patch
-def _forward(self: FusedLlama, row, angles, seed, gradient): # the stream after the last block, and what each block saved
+def _forward(self: FusedLlama, row, angles, seed, gradient): # the last block's output, and the tape
     if self.low is not self.flat.whole.data: self.low.copy_(self.flat.whole.data)
     for s in self.spaces: s["owner"] = None
     x, tape = F.embedding(row.input_ids, self.base.model.embed_tokens.weight), []
@@ -348,9 +349,10 @@ def _forward(self: FusedLlama, row, angles, seed, gradient): # the stream after 
 @patch
 @torch.no_grad()
 def logits(self: FusedLlama, row: Row) -> torch.Tensor: # [tokens, vocabulary], without dropout
-    x, _ = self._forward(row := row.to(self.device), angles_at(self.base, row.positions), None, False)
-    return self.ops.rms_norm(x, self.base.model.norm.weight,
-                             self.blocks[0].eps)[0] @ self.base.lm_head.weight.t()
+    row = row.to(self.device)
+    x, _ = self._forward(row, angles_at(self.base, row.positions), None, False)
+    n, _ = self.ops.rms_norm(x, self.base.model.norm.weight, self.blocks[0].eps)
+    return n @ self.base.lm_head.weight.t()
 
 # %% ../nbs/02c_step.ipynb #i3631260
 @patch
@@ -406,9 +408,11 @@ class StepGraphs:
         self.seed = torch.zeros((), dtype=torch.int64, device=device)
         self.out, self.seconds = torch.zeros((), device=device), 0.0
 
+    def __call__(self, row, items, seed): return self._replay(row, items, seed)
+
 # %% ../nbs/02c_step.ipynb #i0428687
 @patch
-def _fill(self: StepGraphs, fixed, row): # `row` into the places of a longer one; the rest is one more example without targets
+def _fill(self: StepGraphs, fixed, row): # `row` into a longer one's places, the rest an example without targets
     n, m = len(row.input_ids), len(row.bounds)
     for to, tensor, rest in ((fixed.input_ids, row.input_ids, 0), (fixed.targets, row.targets, -100),
                              (fixed.positions, row.positions, 0), (fixed.numbers, row.numbers, 0)):
@@ -445,7 +449,7 @@ def _record(self: StepGraphs, length):
 
 # %% ../nbs/02c_step.ipynb #i6519962
 @patch
-def __call__(self: StepGraphs,
+def _replay(self: StepGraphs,
     row: Row,  # within the plan's budget, examples and longest
     items,     # learnt tokens of the whole step
     seed: int, # of the dropout

@@ -11,6 +11,7 @@ from pathlib import Path
 from .config import (ConfigError, DollyError, Recipe, environment, read_json, start_run,
                                write_json, write_text)
 import torch, transformers
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -38,35 +39,38 @@ class DollyTrainer(SFTTrainer):
             self.model.zero_grad = lambda *args, **kwargs: None
         return self.optimizer
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        world, scaler, flat = self.args.world_size, self.accelerator.scaler, self.engine.flat
-        items = self._summed(sum((r.targets != -100).sum() for r in inputs["rows"]))
-        one = torch.ones((), device=flat.whole.device)
-        # fp16 alone: gradients are kept large while they are computed
-        scale = scaler.scale(one) if scaler else one
-        seed = (self.args.seed * 10**6 + self.state.global_step) * world + self.args.process_index
-        flat.start()
-        loss = sum(self.engine.step(row, items / scale, seed) for row in inputs["rows"])
-        if world > 1: torch.distributed.all_reduce(flat.grad)
-        return loss / scale * world                    # the Trainer averages over processes
-
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
-                        metric_key_prefix="eval"):
-        rows = [(self.engine.loss(r, 1), (r.targets != -100).sum()) for batch in dataloader
-                for r in batch["rows"]]
-        nll, tokens = (self._summed(sum(column)) for column in zip(*rows))
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": float(nll / tokens)},
-                              len(dataloader.dataset))
-
-    def _summed(self, x): # over all processes
-        x = x.to(self.engine.flat.whole.device)
-        if self.args.world_size > 1: torch.distributed.all_reduce(x)
-        return x
-
     def _clip_grad_norm(self, model):
         return self.accelerator.clip_grad_norm_([self.engine.flat.whole], self.args.max_grad_norm)
-    def floating_point_ops(self, inputs): return 0
-    def create_model_card(self, *args, **kwargs): pass
+
+    def floating_point_ops(self, inputs): return 0          # nobody reads it
+    def create_model_card(self, *args, **kwargs): pass      # we write our own
+
+# %% ../nbs/02_train.ipynb #i4107953
+@patch
+def _summed(self: DollyTrainer, x): # over all processes
+    x = x.to(self.engine.flat.whole.device)
+    if self.args.world_size > 1: torch.distributed.all_reduce(x)
+    return x
+
+@patch
+def training_step(self: DollyTrainer, model, inputs, num_items_in_batch=None):
+    world, scaler, flat = self.args.world_size, self.accelerator.scaler, self.engine.flat
+    items = self._summed(sum((r.targets != -100).sum() for r in inputs["rows"]))
+    one = torch.ones((), device=flat.whole.device)
+    scale = scaler.scale(one) if scaler else one
+    seed = (self.args.seed * 10**6 + self.state.global_step) * world + self.args.process_index
+    flat.start()
+    loss = sum(self.engine.step(row, items / scale, seed) for row in inputs["rows"])
+    if world > 1: torch.distributed.all_reduce(flat.grad)
+    return loss / scale * world                    # the Trainer averages over processes
+
+@patch
+def evaluation_loop(self: DollyTrainer, dataloader, description, prediction_loss_only=None,
+                    ignore_keys=None, metric_key_prefix="eval"):
+    rows = [(self.engine.loss(r, 1), (r.targets != -100).sum()) for batch in dataloader for r in batch["rows"]]
+    nll, tokens = (self._summed(sum(column)) for column in zip(*rows))
+    metrics = {f"{metric_key_prefix}_loss": float(nll / tokens)}
+    return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
 
 # %% ../nbs/02_train.ipynb #i6876947
 def collate(
@@ -126,15 +130,16 @@ def training_arguments(
         per_device_train_batch_size=recipe.batch_size // world, per_device_eval_batch_size=64,
         remove_unused_columns=False,
         gradient_accumulation_steps=1, gradient_checkpointing=False, max_grad_norm=recipe.max_grad_norm,
-        learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", warmup_steps=recipe.warmup_ratio,
-        weight_decay=recipe.weight_decay,
+        learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", weight_decay=recipe.weight_decay,
+        warmup_steps=recipe.warmup_ratio,  # below 1: a share of the steps
         optim=recipe.optimizer if cuda else "adamw_torch",
         bf16=False, fp16=dtype == torch.float16,  # a bf16 model needs no autocast
         eval_strategy="steps", eval_steps=recipe.eval_steps, eval_on_start=not resuming,
         save_strategy="steps", save_steps=recipe.eval_steps, save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
         logging_steps=recipe.logging_steps, logging_nan_inf_filter=False, seed=recipe.seed, data_seed=recipe.seed,
-        max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=cuda,
+        dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,  # 01_data has tokenised and cut
+        dataloader_pin_memory=cuda,
         report_to="none", disable_tqdm=True, log_level="error", use_cpu=not cuda)
 
 # %% ../nbs/02_train.ipynb #32f2dbca
@@ -174,8 +179,9 @@ def summarise(
     best = min(after, key=lambda r: r["eval_loss"], default=validation[-1])
     seconds, steps = rows[-1]["train_s"], trainer.state.global_step
     tokens = counts["tokens"] * trainer.state.epoch
-    summary = dict(steps=steps, epochs=trainer.state.epoch, train_seconds=seconds, seconds_per_step=seconds
-                   / steps, real_tokens=round(tokens), real_tokens_per_second=tokens / seconds,
+    summary = dict(steps=steps, epochs=trainer.state.epoch, train_seconds=seconds,
+                   seconds_per_step=seconds / steps,
+                   real_tokens=round(tokens), real_tokens_per_second=tokens / seconds,
                    first_validation_loss=validation[0]["eval_loss"], best_validation_loss=best["eval_loss"],
                    best_step=best["step"], **facts)
     return dict(summary=summary, log=log, validation=validation, environment=environment())
@@ -187,13 +193,23 @@ def model_card(
 ) -> str: # Markdown for adapter/README.md
     "Says what the adapter is, how to load it, and under which licences."
     s = history["summary"]
-    return f"""---\nbase_model: {recipe.base}\nlibrary_name: peft\n---\n\n# LoRA adapter, {recipe.preset} preset of dolly_lora\n
+    return f"""---
+base_model: {recipe.base}
+library_name: peft
+---
+
+# LoRA adapter, {recipe.preset} preset of dolly_lora
+
 Trained on {recipe.dataset} for {s["epochs"]:g} epochs ({s["steps"]} steps of {recipe.batch_size} examples),
 rank {recipe.lora_r}, alpha {recipe.lora_alpha}, seed {recipe.seed}.
-Validation loss {s["first_validation_loss"]:.4f} before, {s["best_validation_loss"]:.4f} at step {s["best_step"]}, whose weights these are.\n
+Validation loss {s["first_validation_loss"]:.4f} before, {s["best_validation_loss"]:.4f} at step {s["best_step"]},
+whose weights these are.
+
 Load it with `PeftModel.from_pretrained(base_model, "adapter")`.
-Prompts: `### Instruction:`, optional `### Context:`, `### Response:`, as in 01_data.\n
-Licences: databricks-dolly-15k is CC BY-SA 3.0; LLaMA-2 has the Llama 2 community licence; SmolLM2 is Apache-2.0.\n"""
+Prompts: `### Instruction:`, optional `### Context:`, `### Response:`, as in 01_data.
+
+Licences: databricks-dolly-15k is CC BY-SA 3.0; LLaMA-2 has the Llama 2 community licence; SmolLM2 is Apache-2.0.
+"""
 
 # %% ../nbs/02_train.ipynb #2dc12d29
 def train(
@@ -248,10 +264,9 @@ def _fit(recipe, run_dir, tokenizer, data, log, shrink):
     args = training_arguments(recipe, run_dir, resume is not None)
     if "LOCAL_RANK" not in os.environ and args.n_gpu > 1: args._n_gpu = 1  # one process, one card
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    trainer = DollyTrainer(model=model, args=args, processing_class=tokenizer,
-                           callbacks=[Progress(log)], train_dataset=data["train"][0],
-                           eval_dataset=data["val"][0], data_collator=lambda examples: collate(examples,
-        trainer.engine.plan.token_budget))
+    trainer = DollyTrainer(model=model, args=args, processing_class=tokenizer, callbacks=[Progress(log)],
+                           train_dataset=data["train"][0], eval_dataset=data["val"][0],
+                           data_collator=lambda e: collate(e, trainer.engine.plan.token_budget))
     trainer.remove_callback(transformers.PrinterCallback)
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()

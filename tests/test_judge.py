@@ -133,5 +133,5 @@ def test_judge_command(server, tiny_run, tmp_path, capsys, monkeypatch):
     assert "no price known" in capsys.readouterr().out and not server.n
     assert cli.main(["judge", "--run-dir", str(run), "--judge", "stub"]) == 0
     judged = json.loads((run / "metrics.json").read_text())["judgments"]
-    assert judged["judge"] == "stub" and judged["official"] and judged["alpaca"]["tuned against base"]["win_rate"] == pytest.approx(50)
+    assert judged["judge"] == "stub" and not judged["official"] and judged["alpaca"]["tuned against base"]["win_rate"] == pytest.approx(50)
     assert len((run / "judgments/mt_bench/model_judgment/stub_single.jsonl").read_text().splitlines()) == 32
