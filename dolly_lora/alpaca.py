@@ -265,6 +265,20 @@ def _difficulties(table, difficulty, positional):
     return found
 
 # %% ../nbs/03c_alpaca.ipynb #03c042
+def _refuse(table, difficulty, gamed, positional): # where the number would not be right
+    who, ok = table.generator_1.iloc[0], table.p.notna()
+    if who != REFERENCE:
+        raise Refused(f"the reference is {who}: difficulties and gamed rows exist for {REFERENCE} only")
+    if difficulty is None or gamed is None:
+        raise Refused("needs instruction_difficulty.csv and df_gamed.csv (hub data set tatsu-lab/alpaca_eval)")
+    twice = 0 if positional else table.instruction.duplicated().sum()
+    if twice: raise Refused(f"{twice} instructions stand twice: remove the copies")
+    if (table.p[ok] - 0.5).abs().max() < 0.01:
+        raise Refused("every verdict is a tie within 0.01: there is nothing to fit")
+    if not (table.output_1.str.len() - table.output_2.str.len()).std() > 0:
+        raise Refused("all pairs differ by the same number of characters: an effect of length cannot be seen")
+
+# %% ../nbs/03c_alpaca.ipynb #i1101129
 def length_controlled(
     annotations,      # list, DataFrame or path, as for `score`
     difficulty,       # path of instruction_difficulty.csv, DataFrame, or mapping from instruction to difficulty
@@ -273,21 +287,10 @@ def length_controlled(
 ) -> dict: # length_controlled_winrate and lc_standard_error in percent; `Refused` says why not
     "The win rate at equal lengths."
     table = _table(annotations, positional)
-    who, ok = table.generator_1.iloc[0], table.p.notna().to_numpy()
-    if who == table.generator_2.iloc[0]: return dict(length_controlled_winrate=50.0, lc_standard_error=0.0)
-    if who != REFERENCE:
-        raise Refused(f"the reference is {who}: difficulties and gamed rows exist for {REFERENCE} only")
-    if difficulty is None or gamed is None:
-        raise Refused(
-            "needs instruction_difficulty.csv and df_gamed.csv (hub data set tatsu-lab/alpaca_eval)")
-    twice = 0 if positional else table.instruction.duplicated().sum()
-    if twice: raise Refused(f"{twice} instructions stand twice: remove the copies")
-    if (table.p[ok] - 0.5).abs().max() < 0.01:
-        raise Refused("every verdict is a tie within 0.01: there is nothing to fit")
-    delta = table.output_1.str.len() - table.output_2.str.len()
-    if not delta.std() > 0:
-        raise Refused("all pairs differ by the same number of characters: "
-                      "an effect of length cannot be seen")
+    if table.generator_1.iloc[0] == table.generator_2.iloc[0]:
+        return dict(length_controlled_winrate=50.0, lc_standard_error=0.0)
+    _refuse(table, difficulty, gamed, positional)
+    ok, delta = table.p.notna().to_numpy(), table.output_1.str.len() - table.output_2.str.len()
     own = np.column_stack([np.tanh(delta / delta.std()), _difficulties(table, difficulty, positional),
                            np.ones(len(table))])
     g = _csv(gamed, ("preference", "std_delta_len", "instruction_difficulty", "df_gamed.csv"))

@@ -89,14 +89,29 @@ def packaged_smollm2() -> Path: # a folder that `from_pretrained` takes
     return folder
 
 # %% ../nbs/00a_models.ipynb #12765663
+def _why_not(base, revision, error): # what the hub's error means, in one line with the remedy
+    from huggingface_hub import errors
+    offline = "check the network, or use preset=demo, which needs none"
+    for kind, text in {
+        errors.GatedRepoError: f"{base} is gated: accept its licence at https://huggingface.co/{base}, "
+                               "then set HF_TOKEN to a read token of that account",
+        errors.RepositoryNotFoundError: f"the hub knows no model {base!r}, or your HF_TOKEN may not see it: "
+                                        "check the name",
+        errors.RevisionNotFoundError: f"{base} has no revision {revision!r}: "
+                                      "give a commit of that repository, or none",
+        errors.LocalEntryNotFoundError: f"cannot reach the hub for {base}: {offline}",
+        errors.EntryNotFoundError: f"{base} has no config.json: it is not a transformers model",
+    }.items():
+        if isinstance(error, kind): return text
+    return f"cannot reach the hub for {base} ({type(error).__name__}): {offline}"
+
+# %% ../nbs/00a_models.ipynb #i9820302
 def locate_base(
     recipe: Recipe, # its `base` and `revision`
 ) -> str: # what `from_pretrained` takes: a folder or a hub id
     "Find the base model, or say in one line why it cannot be had (`ModelError`)."
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError,
-                                        LocalEntryNotFoundError, RepositoryNotFoundError,
-                                        RevisionNotFoundError)
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
     base = recipe.base
     if base == "smollm2": return str(packaged_smollm2())
     if (folder := project_root() / base).is_dir():
@@ -107,23 +122,8 @@ def locate_base(
         raise ModelError(f"no base model at {base!r}: give an existing folder, a hub id (owner/name), "
                          f"`smollm2` or `tiny`")
     try: hf_hub_download(base, "config.json", revision=recipe.revision or None)
-    except GatedRepoError:
-        raise ModelError(f"{base} is gated: accept its licence at https://huggingface.co/{base}, "
-                         f"then set HF_TOKEN to a read token of that account") from None
-    except RepositoryNotFoundError:
-        raise ModelError(f"the hub knows no model {base!r}, or your HF_TOKEN may not see it: "
-                         f"check the name") from None
-    except RevisionNotFoundError:
-        raise ModelError(f"{base} has no revision {recipe.revision!r}: "
-                         f"give a commit of that repository, or none") from None
-    except LocalEntryNotFoundError:
-        raise ModelError(f"cannot reach the hub for {base}: check the network, or use preset=demo, "
-                         f"which needs none") from None
-    except EntryNotFoundError:
-        raise ModelError(f"{base} has no config.json: it is not a transformers model") from None
-    except (HfHubHTTPError, OSError) as e:
-        raise ModelError(f"cannot reach the hub for {base} ({type(e).__name__}): check the network, "
-                         f"or use preset=demo, which needs none") from None
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as e:
+        raise ModelError(_why_not(base, recipe.revision, e)) from None
     return base
 
 # %% ../nbs/00a_models.ipynb #249bafa1

@@ -8,6 +8,7 @@ import inspect, math, zlib
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from .config import DollyError
 
 # %% auto #0
@@ -150,30 +151,35 @@ class PackedModel:
         self.model, self.base = model, model.get_base_model()
         self.base.set_attn_implementation("dolly_rows")
 
-    def logits(self, row: Row) -> torch.Tensor: # [tokens, vocabulary]
-        device = self.base.get_input_embeddings().weight.device
-        row = row.to(device)
-        return self.base(input_ids=row.input_ids[None], position_ids=row.positions[None], use_cache=False,
-                         row=row).logits[0]
+# %% ../nbs/02a_packing.ipynb #i5472384
+@patch
+def logits(self: PackedModel, row: Row) -> torch.Tensor: # [tokens, vocabulary]
+    device = self.base.get_input_embeddings().weight.device
+    row = row.to(device)
+    return self.base(input_ids=row.input_ids[None], position_ids=row.positions[None], use_cache=False,
+                     row=row).logits[0]
 
-    def loss(self,
-        row: Row,         # examples
-        items,            # number of learnt tokens in the whole step
-        seed: int | None = None, # of the dropout; None: no dropout
-        gradient: bool = False,  # also add the gradients to the parameters'
-    ) -> torch.Tensor: # negative log-probability of the row's targets in nats, divided by `items`
-        "Forward, and if asked for backward."
-        self.model.train(seed is not None)
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.set_grad_enabled(gradient), torch.random.fork_rng(devices):
-            # each row of a step drops on its own
-            if seed is not None: torch.manual_seed(zlib.crc32(f"{int(seed)} {row.starts[0]}".encode()))
-            logits = self.logits(row)
-            loss = F.cross_entropy(logits.float(), row.targets.to(logits.device), ignore_index=-100,
-                                   reduction="sum") / items
-            if gradient: loss.backward()
-        return loss.detach()
+@patch
+def loss(self: PackedModel,
+    row: Row,         # examples
+    items,            # number of learnt tokens in the whole step
+    seed: int | None = None, # of the dropout; None: no dropout
+    gradient: bool = False,  # also add the gradients to the parameters'
+) -> torch.Tensor: # negative log-probability of the row's targets in nats, divided by `items`
+    "Forward, and if asked for backward."
+    self.model.train(seed is not None)
+    devices = [self.model.device] if self.model.device.type == "cuda" else []
+    with torch.set_grad_enabled(gradient), torch.random.fork_rng(devices):
+        # each row of a step drops on its own
+        if seed is not None: torch.manual_seed(zlib.crc32(f"{int(seed)} {row.starts[0]}".encode()))
+        logits = self.logits(row)
+        loss = F.cross_entropy(logits.float(), row.targets.to(logits.device), ignore_index=-100,
+                               reduction="sum") / items
+        if gradient: loss.backward()
+    return loss.detach()
 
-    def step(self, row: Row, items, seed: int) -> torch.Tensor: # as `loss`
-        "Loss and gradients of a training row."
-        return self.loss(row, items, seed, gradient=True)
+# %% ../nbs/02a_packing.ipynb #i4716573
+@patch
+def step(self: PackedModel, row: Row, items, seed: int) -> torch.Tensor: # as `loss`
+    "Loss and gradients of a training row."
+    return self.loss(row, items, seed, gradient=True)
