@@ -195,8 +195,9 @@ def test_compare_shows_both_and_the_adapter_is_on_afterwards(chat):
 
 
 def test_turns_stand_in_their_order_and_the_end_stays_in_view(chat):
-    for text in "First", "count", "Last": ask(chat, text)
-    assert chat.locator(".dl-page .dl-user").all_inner_texts() == ["First", "count", "Last"]   # as they are read out, too
+    for text in "First", "count", "count", "Last": ask(chat, text)
+    assert chat.locator(".dl-page .dl-user").all_inner_texts() == ["First", "count", "count", "Last"]   # as they are read out, too
+    assert chat.evaluate("(e => e.scrollHeight > e.clientHeight + 20)(document.querySelector('.dl-page'))")
     page, last = chat.locator(".dl-page").bounding_box(), chat.locator(".dl-page .dl-answer").last.bounding_box()
     assert page["y"] < last["y"] and last["y"] + last["height"] <= page["y"] + page["height"]
     if folder := os.environ.get("DOLLY_LORA_SCREENSHOTS"): chat.locator(".dl-chat").screenshot(path=Path(folder) / "chat.png")

@@ -43,6 +43,13 @@ def test_clean_and_small(path):
     assert len(text) < 600_000
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_nothing_scrolls_sideways_and_figures_can_be_read_out(path):
+    assert [line for c in cells(path) for line in source(c).split("\n") if len(line) > 120] == []
+    for output in (o for c in cells(path) for o in c["outputs"] if "image/png" in o.get("data", {})):
+        assert len(output["metadata"]["image/png"]["alt"]) > 20
+
+
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem not in ("index", "06_cli")], ids=lambda p: p.stem)
 def test_carries_the_outputs_of_a_demo_run(path):
     shows = [c for c in cells(path) if re.search(r"\bprint\(|save_fig\(|pd\.DataFrame\(", source(c)) and not source(c).startswith("#|")]
