@@ -4,10 +4,11 @@
 
 # %% ../nbs/03_eval.ipynb #788507e1
 from __future__ import annotations
-import contextlib, hashlib, json, re
+import contextlib, hashlib, json, re, time
 from pathlib import Path
 import numpy as np
 import torch
+import torch.nn.functional as F
 from .alpaca import (bootstrap, compare, consistency, length_control_files, length_effect,
                                load_reference, official_position, score)
 from .config import Recipe, read_json, write_json, write_text
@@ -21,6 +22,10 @@ __all__ = ['token_losses', 'mean_loss', 'loss_difference', 'made_with', 'answere
            'answer_metrics', 'answer_alpaca', 'overlap', 'check_pairs', 'judge_answers', 'keep_verdicts', 'summarise']
 
 # %% ../nbs/03_eval.ipynb #ad35a68f
+def _padded(examples, key, value, device): # on the right
+    rows = [torch.tensor(e[key]) for e in examples]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value).to(device)
+
 @torch.inference_mode()
 def token_losses(
     model,              # causal language model or PeftModel
@@ -28,22 +33,23 @@ def token_losses(
     rows: list[dict],   # records
     recipe: Recipe,     # `max_length`
     batch_size: int = 8, # examples in one forward pass
+    log=print,          # gets a line every ten seconds
 ) -> np.ndarray: # float64 [len(rows), 2]: the response tokens' summed negative log-probability in nats, their number
     "The loss of every record's response, summed."
-    out = np.zeros((len(rows), 2))
+    out, shown = np.zeros((len(rows), 2)), time.time()
     encoded = encode_all(rows, tokenizer, recipe.max_length)
     order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]["input_ids"]))
     for at in range(0, len(order), batch_size):
-        chunk = order[at:at + batch_size]
-        pad = lambda key, value: torch.nn.utils.rnn.pad_sequence([torch.tensor(encoded[i][key])
-            for i in chunk], batch_first=True, padding_value=value).to(model.device)
-        ids, labels = pad("input_ids", tokenizer.pad_token_id), pad("labels", -100)[:, 1:]
-        lengths = torch.tensor([len(encoded[i]["input_ids"]) for i in chunk], device=model.device)
+        chunk = order[at:at + batch_size]; examples = [encoded[i] for i in chunk]
+        ids = _padded(examples, "input_ids", tokenizer.pad_token_id, model.device)
+        labels = _padded(examples, "labels", -100, model.device)[:, 1:]
+        lengths = torch.tensor([len(e["input_ids"]) for e in examples], device=model.device)
         mask = (torch.arange(ids.shape[1], device=model.device)[None] < lengths[:, None]).long()
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-        nll = torch.stack([torch.nn.functional.cross_entropy(l.float(), y, ignore_index=-100,
-            reduction="sum") for l, y in zip(logits, labels)])
+        nll = torch.stack([F.cross_entropy(l.float(), y, ignore_index=-100, reduction="sum")
+                           for l, y in zip(logits, labels)])
         out[chunk, 0], out[chunk, 1] = nll.double().cpu().numpy(), (labels != -100).sum(1).cpu().numpy()
+        if time.time() - shown > 10: shown = time.time(); log(f"{at + len(chunk):,} of {len(rows):,} records read")
     return out
 
 # %% ../nbs/03_eval.ipynb #e478b501
