@@ -161,8 +161,7 @@ def compare(
             for (a, b), second, first in zip(pairs, p[::2], p[1::2])]
     invalid = sum(r["preference"] is None for r in rows)
     if invalid:
-        log(f"{invalid} of {len(rows)} pairs without a valid reply in both orders: "
-            f"they count for neither side")
+        log(f"{invalid} of {len(rows)} pairs without a valid reply in both orders: they count for neither side")
     return rows
 
 # %% ../nbs/03c_alpaca.ipynb #03c027
@@ -191,8 +190,7 @@ def _table(annotations, positional=False):
         raise DataError(f"annotations: {', '.join(columns)} have to be texts")
     for who in "generator_1", "generator_2":
         if table[who].nunique() > 1:
-            raise DataError(f"annotations with {table[who].nunique()} names under {who}: "
-                            f"score one model at a time")
+            raise DataError(f"annotations with {table[who].nunique()} names under {who}: score one model at a time")
     # 0 is how older files write a tie
     p = pd.to_numeric(table.preference, errors="coerce").astype(float).replace(0.0, 1.5) - 1
     table = table.assign(p=p.where(p.between(0, 1)))

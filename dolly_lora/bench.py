@@ -154,6 +154,17 @@ def _gpu_seconds(profiler, factor): # kind of kernel -> seconds a step
     return gpu
 
 # %% ../nbs/02d_bench.ipynb #i3684477
+def _left_behind(): # GiB that an earlier way still holds: they are not this one's
+    gc.collect(); torch.cuda.empty_cache()
+    if torch.cuda.is_available(): torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated() / 2**30
+
+def _step_flops(trainer, recipe, data, lengths): # of a step, on average
+    learnt = sum(l != -100 for e in data["labels"] for l in e[1:])
+    flops = step_flops(trainer.model.config, recipe.lora_r, lengths, learnt)
+    return flops * recipe.batch_size / len(data)
+
+# %% ../nbs/02d_bench.ipynb #i3919805
 def measure(
     way: str,        # a key of `WAYS`, or auto: speed or frugal as the memory allows
     recipe: Recipe,  # base, data, batch size, rank
@@ -163,21 +174,15 @@ def measure(
     """One way to do a step. Also returned: `floor_s` (the arithmetic alone at `rate`), `model_flops_utilisation`,
     `full_recipe_min` (3 epochs of 12,009 examples: 80 % of Dolly as it comes), `graph_s` (recording graphs),
     `gpu_s` (seconds by kind of kernel)."""
-    gc.collect(); torch.cuda.empty_cache()
-    if torch.cuda.is_available(): torch._C._cuda_clearCublasWorkspaces()
-    # whatever an earlier way has left behind is not this one's
-    before = torch.cuda.memory_allocated() / 2**30
-    size = recipe.batch_size; steps = len(data) // size
+    before, size = _left_behind(), recipe.batch_size
+    steps = len(data) // size
     # a stock step is a hundred thousand kernels: one is enough for a profiler
     warm, profiled = (min(2, steps), 1) if way == "stock" else (steps, min(2, steps))
     clock = _Clock(warm, warm + steps)
     trainer = _run(way, recipe, data, clock, warm, profiled)
-    lengths = [len(e) for e in data["input_ids"]]
-    learnt = sum(l != -100 for e in data["labels"] for l in e[1:])
-    second = clock.seconds / steps
-    flops = step_flops(trainer.model.config, recipe.lora_r, lengths, learnt) / steps
-    # profiled steps are not quite of average length
-    share = sum(lengths) / sum(lengths[:profiled * size]) / steps
+    lengths, second = [len(e) for e in data["input_ids"]], clock.seconds / steps
+    flops = _step_flops(trainer, recipe, data, lengths)
+    share = sum(lengths) / sum(lengths[:profiled * size]) / steps  # profiled steps are not of average length
     graphs = getattr(getattr(trainer, "engine", None), "graphs", None)
     if way == "auto": way = "frugal" if trainer.engine.plan.recompute else "speed"
     return dict(name=way, base=recipe.base, batch_size=size, s_per_step=second,
@@ -187,15 +192,7 @@ def measure(
                 graph_s=graphs.seconds if graphs else 0.0, gpu_s=_gpu_seconds(clock.profiler, share))
 
 # %% ../nbs/02d_bench.ipynb #02d018
-def bench(
-    recipe: Recipe,          # a preset, perhaps with another `base` or `dataset`
-    peers: list[str] = (),   # further keys of `WAYS`
-    steps: int = 20,         # measured for each way
-    log=lambda row: None,    # gets every row when it is there
-) -> list[dict]: # as from `measure`, with model, device, tokens_per_step, matrix_tflops; the recipe's own way last
-    "Measure the recipe's way to do a step, and others, on the same records."
-    for p in peers:
-        if p not in WAYS: raise ConfigError(f"no way {p!r} to do a step{_suggest(p, WAYS)}")
+def _bench_data(recipe, steps): # encoded training examples in a fixed random order, a whole number of steps
     tokenizer = load_tokenizer(recipe)
     rows = split(clean(load_dolly(recipe.dataset))[0], recipe)["train"]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))
@@ -205,7 +202,20 @@ def bench(
     if not steps:
         raise DollyError(f"{recipe.dataset}: {len(data)} records are fewer than a step of "
                          f"{recipe.batch_size}: give a larger dataset")
-    data = data.select(range(steps * recipe.batch_size))
+    return data.select(range(steps * recipe.batch_size))
+
+# %% ../nbs/02d_bench.ipynb #i0933022
+def bench(
+    recipe: Recipe,          # a preset, perhaps with another `base` or `dataset`
+    peers: list[str] = (),   # further keys of `WAYS`
+    steps: int = 20,         # measured for each way
+    log=lambda row: None,    # gets every row when it is there
+) -> list[dict]: # as from `measure`, with model, device, tokens_per_step, matrix_tflops; the recipe's own way last
+    "Measure the recipe's way to do a step, and others, on the same records."
+    for p in peers:
+        if p not in WAYS: raise ConfigError(f"no way {p!r} to do a step{_suggest(p, WAYS)}")
+    data = _bench_data(recipe, steps)
+    steps = len(data) // recipe.batch_size
     rate, table = matrix_rate(8192 if torch.cuda.is_available() else 1024), []
     for way in [p for p in peers if p != recipe.memory] + [recipe.memory]:
         row = measure(way, recipe, data, rate)

@@ -64,25 +64,28 @@ class Recipe:
     benchmark_tokens: int = 1024           # longest answer to AlpacaEval and MT-Bench (its own limit)
     generation_batch_size: int = 16        # prompts answered together
 
-    def __post_init__(self):
-        if self.train_on not in ("response", "all"):
-            raise ConfigError(f"train_on={self.train_on!r}: choose response or all")
-        if re.match("adafactor|galore|lomo|adalomo|grokadamw|apollo|stable_adamw|schedule_free|muon", self.optimizer):
-            raise ConfigError(f"optimizer={self.optimizer}: the adapters are updated as one flat tensor, which wants "
-                              f"an element-wise optimizer: choose adamw_torch_fused, adamw_8bit, sgd or lion_32bit")
-        if self.memory not in ("auto", "speed", "frugal"):
-            raise ConfigError(f"memory={self.memory!r}: choose auto, speed or frugal")
-        if not (0 < self.val_fraction and 0 < self.test_fraction and self.val_fraction + self.test_fraction < 1):
-            raise ConfigError(f"val_fraction={self.val_fraction}, test_fraction={self.test_fraction}: both above 0, "
-                              f"their sum below 1")
-        if not (0 <= self.lora_dropout < 1 and 0 <= self.warmup_ratio < 1 and self.weight_decay >= 0
-                and self.max_steps >= 0 and self.test_answers >= 0):
-            raise ConfigError("lora_dropout and warmup_ratio lie in [0, 1); weight_decay, "
-                              "max_steps and test_answers are not negative")
-        for name in ("lora_alpha", "max_grad_norm", "max_length", "lora_r", "batch_size", "epochs", "learning_rate",
-                     "eval_steps", "logging_steps", "max_new_tokens", "benchmark_tokens", "generation_batch_size"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name}={getattr(self, name)}: must be above 0")
+    def __post_init__(self): _check(self)
+
+# %% ../nbs/00_config.ipynb #i6611732
+def _check(recipe): # `ConfigError` for a value that cannot be meant
+    if recipe.train_on not in ("response", "all"):
+        raise ConfigError(f"train_on={recipe.train_on!r}: choose response or all")
+    if re.match("adafactor|galore|lomo|adalomo|grokadamw|apollo|stable_adamw|schedule_free|muon", recipe.optimizer):
+        raise ConfigError(f"optimizer={recipe.optimizer}: the adapters are updated as one flat tensor, which wants "
+                          f"an element-wise optimizer: choose adamw_torch_fused, adamw_8bit, sgd or lion_32bit")
+    if recipe.memory not in ("auto", "speed", "frugal"):
+        raise ConfigError(f"memory={recipe.memory!r}: choose auto, speed or frugal")
+    if not (0 < recipe.val_fraction and 0 < recipe.test_fraction and recipe.val_fraction + recipe.test_fraction < 1):
+        raise ConfigError(f"val_fraction={recipe.val_fraction}, test_fraction={recipe.test_fraction}: both above 0, "
+                          f"their sum below 1")
+    if not (0 <= recipe.lora_dropout < 1 and 0 <= recipe.warmup_ratio < 1 and recipe.weight_decay >= 0
+            and recipe.max_steps >= 0 and recipe.test_answers >= 0):
+        raise ConfigError("lora_dropout and warmup_ratio lie in [0, 1); weight_decay, "
+                          "max_steps and test_answers are not negative")
+    for name in ("lora_alpha", "max_grad_norm", "max_length", "lora_r", "batch_size", "epochs", "learning_rate",
+                 "eval_steps", "logging_steps", "max_new_tokens", "benchmark_tokens", "generation_batch_size"):
+        if not 0 < getattr(recipe, name) < float("inf"):
+            raise ConfigError(f"{name}={getattr(recipe, name)}: must be above 0")
 
 # %% ../nbs/00_config.ipynb #535116a3
 _smollm2 = dict(base="smollm2", revision="")

@@ -26,6 +26,7 @@ def _padded(examples, key, value, device): # on the right
     rows = [torch.tensor(e[key]) for e in examples]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value).to(device)
 
+# %% ../nbs/03_eval.ipynb #i0676716
 @torch.inference_mode()
 def token_losses(
     model,              # causal language model or PeftModel

@@ -175,15 +175,19 @@ class Decoder:
             if g.A:
                 low = torch.cat([p.detach().flatten() for p in g.A + g.B]).to(dtype)
                 g.bind(0, low, low)
-        new = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=base.device)
-        first = self.blocks[0]
-        self.cache = new(len(self.blocks), 2, slots, first.key_heads, capacity, first.size, dtype=dtype)
-        self.tokens, self.lengths, self.count = new(slots), new(slots), new(slots)
-        self.slot, self.out = torch.arange(slots, device=base.device), new(slots, max_new_tokens)
-        self.temperature = new(slots, dtype=torch.float32)
-        self.draws = new(slots, max_new_tokens, dtype=torch.float32)
-        self.active = new(slots, dtype=torch.bool)
+        _lay_out(self, slots, capacity, max_new_tokens)
         if self.row: _record(self)
+
+# %% ../nbs/03a_generate.ipynb #i2671760
+def _lay_out(d, slots, capacity, max_new_tokens): # the cache, and what is known of every slot
+    new = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=d.base.device)
+    first = d.blocks[0]
+    d.cache = new(len(d.blocks), 2, slots, first.key_heads, capacity, first.size, dtype=d.base.lm_head.weight.dtype)
+    d.tokens, d.lengths, d.count = new(slots), new(slots), new(slots)
+    d.slot, d.out = torch.arange(slots, device=d.base.device), new(slots, max_new_tokens)
+    d.temperature = new(slots, dtype=torch.float32)
+    d.draws = new(slots, max_new_tokens, dtype=torch.float32)
+    d.active = new(slots, dtype=torch.bool)
 
 # %% ../nbs/03a_generate.ipynb #i0627511
 def _take(d, x, who): # the next token of the slots `who`, from their last hidden state
@@ -368,6 +372,16 @@ def _progress(done, all_, now, tokens, seconds):
     return f"{done:,} of {all_:,} answers, {tokens / seconds:,.0f} tokens/s{left}"
 
 # %% ../nbs/03a_generate.ipynb #i0226918
+def _keep_answers(answers, n_todo, keys, done, rows, log): # into `done` and the file `rows`, as they are finished
+    start, shown, made = time.time(), time.time(), 0
+    for n, (i, answer) in enumerate(answers, 1):
+        done[keys[i]] = answer; made += answer.n_tokens
+        if rows is not None: rows.add(keys[i], asdict(answer))
+        if time.time() - shown > 10 or n == n_todo:
+            shown = time.time()
+            log(_progress(len(done), len(set(keys)), n, made, shown - start))
+
+# %% ../nbs/03a_generate.ipynb #i4251024
 @torch.inference_mode()
 def generate(
     model,                     # a causal language model or PeftModel; its adapters count if they are on
@@ -384,21 +398,13 @@ def generate(
     "Answer every prompt once; greedy unless a temperature is given."
     heat = np.broadcast_to(np.asarray(temperature, np.float32), len(prompts))
     encoded, training = _encode(model, tokenizer, prompts, max_new_tokens), model.training
-    start, shown = time.time(), time.time()
     keys = _keys(prompts, heat, max_new_tokens, seed, made_with)
-    done, made = {k: Answer(**rows[k]) for k in keys if rows and k in rows}, 0
-    # a prompt that comes twice is asked once
-    todo = {k: i for i, k in reversed(list(enumerate(keys))) if k not in done}
+    done = {k: Answer(**rows[k]) for k in keys if rows and k in rows}
+    todo = {k: i for i, k in reversed(list(enumerate(keys))) if k not in done}  # one that comes twice once
     draws = [uniform_draws(p, seed, max_new_tokens) if t else np.zeros(max_new_tokens, np.float32)
              for p, t in zip(prompts, heat)]
+    answers = _finish(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, todo.values(), log)
     model.eval()
-    try:
-        for n, (i, answer) in enumerate(_finish(model, tokenizer, encoded, heat, draws, max_new_tokens,
-                                                batch_size, todo.values(), log), 1):
-            done[keys[i]] = answer; made += answer.n_tokens
-            if rows is not None: rows.add(keys[i], asdict(answer))
-            if time.time() - shown > 10 or n == len(todo):
-                shown = time.time()
-                log(_progress(len(done), len(set(keys)), n, made, shown - start))
+    try: _keep_answers(answers, len(todo), keys, done, rows, log)
     finally: model.train(training)
     return [done[k] for k in keys]

@@ -116,9 +116,8 @@ def _try(judge, q): # a Reply; None once the judge is over
             reply = Reply(error=f"{type(e).__name__}: {e}"[:200])
         if not reply.error: judge.lost, judge.served = 0, True
         if reply.error.startswith("fatal"):
-            judge.stop(
-                f"{judge.url} says {response.status_code} for model {judge.name}: {response.text[:120]!r}: "
-                f"check OPENAI_BASE_URL, OPENAI_API_KEY and the model's name")
+            judge.stop(f"{judge.url} says {response.status_code} for model {judge.name}: {response.text[:120]!r}: "
+                       "check OPENAI_BASE_URL, OPENAI_API_KEY and the model's name")
         if not reply.error or reply.error.startswith(("refused", "fatal")): return reply
         if n + 1 < judge.tries:
             wait = judge.wait * 2**n * (0.5 + random.random())
@@ -128,6 +127,16 @@ def _try(judge, q): # a Reply; None once the judge is over
         judge.stop(f"{judge.url} does not answer ({reply.error}): what was judged is kept; "
                    f"look at the server and run again")
     return reply
+
+# %% ../nbs/03b_judge.ipynb #endpoint1
+def _endpoint(model): # address and key, from the environment; `JudgeError` for a key that cannot be one
+    url = (os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").rstrip("/")
+    key = os.environ.get("OPENAI_API_KEY", "")
+    if not key and "api.openai.com" in url:
+        raise JudgeError(f"judge {model}: OPENAI_API_KEY is not set: set it, "
+                         f"or OPENAI_BASE_URL to a server of your own, or take judge=local")
+    if not key.isascii(): raise JudgeError("OPENAI_API_KEY has characters that no key has: copy it again")
+    return url, key
 
 # %% ../nbs/03b_judge.ipynb #i3194549
 class EndpointJudge:
@@ -140,13 +149,7 @@ class EndpointJudge:
         wait: float = 1.0,    # seconds before the second try; doubles
     ):
         self.name, self.official, self.workers, self.tries, self.wait = model, True, workers, tries, wait
-        self.url = (os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").rstrip("/")
-        key = os.environ.get("OPENAI_API_KEY", "")
-        if not key and "api.openai.com" in self.url:
-            raise JudgeError(f"judge {model}: OPENAI_API_KEY is not set: set it, "
-                             f"or OPENAI_BASE_URL to a server of your own, or take judge=local")
-        if not key.isascii():
-            raise JudgeError("OPENAI_API_KEY has characters that no key has: copy it again")
+        self.url, key = _endpoint(model)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.client = httpx.Client(timeout=timeout, headers=headers,
                                    limits=httpx.Limits(max_connections=workers))

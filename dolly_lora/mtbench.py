@@ -368,6 +368,7 @@ def average_interval(
 _LOOKS = [("#4477aa", "-", "o"), ("#ee6677", "--", "s"), ("#228833", "-.", "^"), ("#aa3377", ":", "D"),
           ("#ccbb44", "-", "v"), ("#66ccee", "--", "P")]
 
+# %% ../nbs/03d_mtbench.ipynb #i7495108
 def plot_radar(
     scores: dict[str, dict], # from `score`
 ): # a matplotlib Figure

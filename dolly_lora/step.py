@@ -142,6 +142,7 @@ class Block:
 # what a block needs for its way back
 Saved = namedtuple("Saved", "x n1 r1 h1 q k v a seen h2 y n2 r2 h3 gu act")
 
+# %% ../nbs/02c_step.ipynb #i0206361
 def block_forward(
     block: Block,
     x: torch.Tensor, # [tokens, features]: the residual stream
@@ -287,18 +288,16 @@ def plan_memory(
 ) -> Plan:
     "What fits."
     c, width = model.get_base_model().config, model.get_base_model().lm_head.weight.element_size()
-    d, ff = c.hidden_size, c.intermediate_size
+    d, ff, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
     kv = c.num_key_value_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
-    layers = c.num_hidden_layers
     rest, by_hand = dict(examples=recipe.batch_size, longest=recipe.max_length), fits_llama(model)
     if model.device.type == "cpu" and free is None:  # unquantised: nothing to keep twice
         return Plan(by_hand, recipe.memory == "frugal", max(1024, recipe.max_length), **rest)
     if free is None:
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    # autograd, and the formulas, hold more at a time than the kernels
-    if not by_hand or (model.device.type == "cuda" and operations(model.device).name == "PyTorch"):
-        free = free // 2
-    # gradients, optimizer, libraries
+    # autograd and the formulas hold more than the kernels; gradients, optimizer and libraries want room
+    plain = model.device.type == "cuda" and operations(model.device).name == "PyTorch"
+    if not by_hand or plain: free = free // 2
     room = 0.9 * free - 16 * sum(p.numel() for p in model.parameters() if p.requires_grad) - 2**30
     block = (2 * d * d + 2 * d * kv + 3 * d * ff) * width
     token = (layers * (6 * d + 2 * kv + 3 * ff) + 2 * c.vocab_size) * width

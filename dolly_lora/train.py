@@ -122,8 +122,7 @@ def training_arguments(
     "The recipe as TRL's arguments."
     dtype, cuda, world = compute_dtype(), torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     if recipe.batch_size % world:
-        raise ConfigError(f"batch_size={recipe.batch_size} cannot be shared by {world} processes: "
-                          f"choose a multiple")
+        raise ConfigError(f"batch_size={recipe.batch_size} cannot be shared by {world} processes: choose a multiple")
     return SFTConfig(
         output_dir=str(Path(run_dir) / "checkpoints"),
         num_train_epochs=recipe.epochs, max_steps=recipe.max_steps or -1,
@@ -139,8 +138,7 @@ def training_arguments(
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
         logging_steps=recipe.logging_steps, logging_nan_inf_filter=False, seed=recipe.seed, data_seed=recipe.seed,
         dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,  # 01_data has tokenised and cut
-        dataloader_pin_memory=cuda,
-        report_to="none", disable_tqdm=True, log_level="error", use_cpu=not cuda)
+        dataloader_pin_memory=cuda, report_to="none", disable_tqdm=True, log_level="error", use_cpu=not cuda)
 
 # %% ../nbs/02_train.ipynb #32f2dbca
 def _whole(folder):
