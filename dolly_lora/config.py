@@ -4,15 +4,17 @@
 
 # %% ../nbs/00_config.ipynb #18cefc47
 from __future__ import annotations
-import base64, dataclasses, difflib, importlib.metadata, importlib.resources, io, json, logging, os, platform, re
-import shlex, subprocess, tempfile
+import base64, contextlib, dataclasses, difflib, hashlib, html, importlib.metadata, importlib.resources
+import io, json, logging, os, platform, re, shlex, socket, subprocess, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
+from filelock import FileLock, Timeout
 
 # %% auto #0
-__all__ = ['PRESETS', 'EVALUATION', 'DollyError', 'ConfigError', 'Recipe', 'parse_overrides', 'project_root', 'short_path',
-           'sample_path', 'resolve', 'write_text', 'write_json', 'read_json', 'environment', 'start_run', 'load_run',
-           'show_fig', 'save_fig']
+__all__ = ['SECRETS', 'PRESETS', 'EVALUATION', 'redact', 'DollyError', 'ConfigError', 'Recipe', 'parse_overrides', 'project_root',
+           'short_path', 'sample_path', 'resolve', 'write_text', 'write_json', 'read_json', 'file_sha256', 'hold_run',
+           'environment', 'start_run', 'load_run', 'escape_text', 'text_table', 'figure_text', 'show_fig', 'save_fig']
 
 # %% ../nbs/00_config.ipynb #141ce964
 # bitsandbytes, imported on a CPU, complains of a kernel that nobody asked for
@@ -20,9 +22,29 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # huggingface_hub announces every retry without a network
 os.environ.setdefault("HF_HUB_VERBOSITY", "error");
 
+# %% ../nbs/00_config.ipynb #redact01
+SECRETS = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") # environment variables
+
+def _secrets(): # what must not be shown
+    for name in SECRETS:
+        value = os.environ.get(name, "").strip()
+        if not name.endswith("URL"): yield value; continue
+        with contextlib.suppress(ValueError):
+            login = urlsplit(value).netloc.rpartition("@")[0]
+            yield from (login, *login.split(":")[1:], unquote(login.partition(":")[2]))
+
+def redact(
+    text: str, # a message, a line of a log
+) -> str: # with `***` for each secret of eight characters or more
+    "Text without this process's keys and passwords."
+    for secret in sorted(_secrets(), key=len, reverse=True):
+        if len(secret) >= 8: text = text.replace(secret, "***")
+    return text
+
 # %% ../nbs/00_config.ipynb #e95c6ac6
 class DollyError(ValueError):
-    "A mistake the user can mend: one line that says what, where and the remedy."
+    "A mistake the user can mend: one line that says what, where and the remedy, without a secret."
+    def __init__(self, message: str = ""): super().__init__(redact(str(message)))
     def _render_traceback_(self) -> list[str]: return [f"{type(self).__name__}: {self}"]
 
 class ConfigError(DollyError):
@@ -108,7 +130,9 @@ def parse_overrides(
     "Read overrides as the types that `Recipe` declares."
     kinds = {f.name: type(f.default) for f in dataclasses.fields(Recipe)}
     out = {}
-    for pair in shlex.split(overrides):
+    try: pairs = shlex.split(overrides)
+    except ValueError: raise ConfigError(f"cannot read {overrides!r}: a quote is opened and not closed") from None
+    for pair in pairs:
         name, eq, value = pair.partition("=")
         if not eq or name not in kinds or name == "preset":
             raise ConfigError(f"cannot set {pair!r}: write field=value, "
@@ -125,10 +149,14 @@ def _suggest(word, known):
     return f" (did you mean {near[0]}?)" if near else f" (one of {', '.join(known)})"
 
 # %% ../nbs/00_config.ipynb #ad664a4f
-def project_root() -> Path: # the nearest folder upwards that has a settings.ini, else the current one
+def project_root() -> Path: # the nearest folder upwards with this project's settings.ini, else the current one
     "Where relative paths are anchored."
     here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p / "settings.ini").exists()), here)
+    return next((p for p in (here, *here.parents) if _is_ours(p / "settings.ini")), here)
+
+def _is_ours(settings): # other projects have a settings.ini, too
+    try: return re.search(r"(?m)^lib_name *= *dolly_lora *$", settings.read_text(encoding="utf-8")) is not None
+    except (OSError, UnicodeDecodeError): return False
 
 # %% ../nbs/00_config.ipynb #2efd50ef
 def short_path(
@@ -159,8 +187,9 @@ def resolve(
     changes = parse_overrides(overrides) | ({"dataset": dataset} if dataset else {})
     if "epochs" in changes: changes.setdefault("max_steps", 0)   # who asks for epochs wants those epochs
     if "base" in changes: changes.setdefault("revision", "")      # another model has other commits
-    recipe = dataclasses.replace(PRESETS[preset], **changes)
-    return recipe, project_root() / (run_dir or f"runs/{preset}")
+    recipe, folder = dataclasses.replace(PRESETS[preset], **changes), project_root() / (run_dir or f"runs/{preset}")
+    if folder.exists() and not folder.is_dir(): raise ConfigError(f"{run_dir} is a file: give a folder as run_dir")
+    return recipe, folder
 
 # %% ../nbs/00_config.ipynb #bebe3589
 def write_text(
@@ -184,24 +213,76 @@ def write_json(
 
 # %% ../nbs/00_config.ipynb #bebe3514
 def read_json(
-    path: Path, # of a file that an earlier stage wrote; `DollyError` when it is not there
+    path: Path, # of a file that an earlier stage wrote; `DollyError` when it is not there or damaged
 ):
     "Read a run's JSON file."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DollyError(f"{short_path(path)} is not there: run the notebook that writes it first, "
                          f"or `dolly-lora run PRESET`") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise DollyError(f"{short_path(path)} cannot be read ({type(e).__name__}): it is empty, damaged or no "
+                         f"JSON; delete it and run the notebook that writes it") from None
+
+# %% ../nbs/00_config.ipynb #sha25602
+def file_sha256(
+    path: Path, # of a file
+) -> str: # 64 hexadecimal digits
+    "The fingerprint of a file's contents."
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(2**20): digest.update(piece)
+    return digest.hexdigest()
+
+# %% ../nbs/00_config.ipynb #lock0002
+_held = {}  # folder -> how many times this process has entered
+
+def _owner(folder): # for people
+    try: who = json.loads((folder / ".owner.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError): return "another process"
+    return f"process {who['pid']} on {who['host']} since {who['since']}"
+
+@contextlib.contextmanager
+def hold_run(
+    run_dir: Path, # made if need be; `ConfigError` when another process writes to it
+):
+    "Keep a run's folder to this process while it writes; may be nested."
+    if int(os.environ.get("RANK", 0)): yield; return  # under torchrun the first process holds it for all
+    folder = Path(run_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    worker = os.environ.get("DOLLY_LORA_HOLDS") == str(folder) and folder not in _held
+    lock = FileLock(folder / (".worker.lock" if worker else ".lock"))
+    if not _held.get(folder):
+        # the kernel of a run that was just killed ends within seconds
+        try: lock.acquire(timeout=20 if worker else 0)
+        except Timeout:
+            raise ConfigError(f"{short_path(folder)} is in use by {_owner(folder)}: wait for it, end it, "
+                              f"or give another run_dir") from None
+        if not worker:
+            owner = dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M"))
+            write_json(folder / ".owner.json", owner)
+            os.environ["DOLLY_LORA_HOLDS"] = str(folder)  # for the kernels this process starts
+    _held[folder] = _held.get(folder, 0) + 1
+    try: yield
+    finally:
+        _held[folder] -= 1
+        if not _held[folder]:
+            del _held[folder]
+            if not worker: os.environ.pop("DOLLY_LORA_HOLDS", None)
+            lock.release()
 
 # %% ../nbs/00_config.ipynb #4ab11ef6
-def environment() -> dict: # python, packages, gpu (name and memory in GiB, or None), cpu cores, commit (or None)
+def environment() -> dict: # python, packages, gpu (name and memory in GiB, or None), cpu cores, commit of the project (or None)
     "The versions, hardware and commit that a run is made with."
     import torch
     names = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets")
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    try:
-        commit = subprocess.run(["git", "rev-parse", "-q", "--verify", "HEAD"], cwd=project_root(),
-                                capture_output=True, text=True).stdout.strip()
-    except OSError: commit = ""  # no git on this machine
+    ask_git = lambda *args: subprocess.run(["git", *args], cwd=project_root(), capture_output=True,
+                                           text=True).stdout.strip()
+    commit = ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        if _is_ours(project_root() / "settings.ini"): commit = ask_git("rev-parse", "-q", "--verify", "HEAD")
+        if commit and ask_git("status", "--porcelain", "--untracked-files=no"): commit += " with changes"
     versions = {n: importlib.metadata.version(n) for n in names}
     card = gpu and dict(name=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1))
     return dict(python=platform.python_version(), packages=versions, cpu_cores=os.cpu_count(),
@@ -218,16 +299,23 @@ def start_run(
 ):
     "Write `recipe.json`, or check that the folder already belongs to this recipe; `ConfigError` names what differs."
     path, now = Path(run_dir) / "recipe.json", dataclasses.asdict(recipe)
-    if path.exists():
-        run = read_json(path)
-        there = run["recipe"]
-        diff = [f"{k}: {there.get(k)} there, {v} now" for k, v in now.items()
-                if there.get(k) != v and k not in EVALUATION]
-        if run["recipe"] != now and not diff: write_json(path, run | {"recipe": now})
-        if diff:
-            raise ConfigError(f"{short_path(path)} is another recipe's ({'; '.join(diff)}): "
-                              f"choose another run_dir or delete that folder")
-    else: write_json(path, {"recipe": now, **environment()})
+    if not path.exists(): write_json(path, {"recipe": now, **environment()}); return
+    run = _read_recipe(path)
+    there = run["recipe"]
+    if lost := now.keys() ^ there.keys():
+        raise ConfigError(f"{short_path(path)} was written by another version of dolly_lora (which differs in "
+                          f"{', '.join(sorted(lost))}): choose another run_dir or delete that folder")
+    diff = [f"{k}: {there[k]} there, {v} now" for k, v in now.items() if there[k] != v and k not in EVALUATION]
+    if diff:
+        raise ConfigError(f"{short_path(path)} is another recipe's ({'; '.join(diff)}): "
+                          f"choose another run_dir or delete that folder")
+    if there != now: write_json(path, run | {"recipe": now})
+
+def _read_recipe(path): # the whole file; `ConfigError` when a run did not write it
+    run = read_json(path)
+    if not isinstance(run, dict) or not isinstance(run.get("recipe"), dict) or "base" not in run["recipe"]:
+        raise ConfigError(f"{short_path(path)} is not a run's recipe: choose another run_dir")
+    return run
 
 # %% ../nbs/00_config.ipynb #c29f9711
 def load_run(
@@ -235,9 +323,36 @@ def load_run(
 ) -> Recipe: # the recipe of that run
     "The recipe that a run folder belongs to."
     # an older version's run may have fields that are no more
-    known = {f.name for f in dataclasses.fields(Recipe)}
-    return Recipe(**{k: v for k, v in read_json(Path(run_dir) / "recipe.json")["recipe"].items()
-                     if k in known})
+    path, known = Path(run_dir) / "recipe.json", {f.name: type(f.default) for f in dataclasses.fields(Recipe)}
+    fields = {k: v for k, v in _read_recipe(path)["recipe"].items() if k in known}
+    for k, v in fields.items():
+        if not isinstance(v, (known[k], int) if known[k] is float else known[k]):
+            raise ConfigError(f"{short_path(path)}: {k} is {v!r}, expected {known[k].__name__}")
+    return Recipe(**fields)
+
+# %% ../nbs/00_config.ipynb #esc00002
+_SPECIAL = str.maketrans({c: f"&#{ord(c)};" for c in "|*_`[]\\~$"} | {"\n": "<br>", "\r": ""})
+
+def escape_text(
+    text: str, # from a record, a model, a judge, a file
+) -> str: # for HTML and for Markdown
+    "Text as it is, whatever it says."
+    return html.escape(str(text)).translate(_SPECIAL)
+
+def text_table(
+    rows: list[dict], # column -> text; the same columns in each
+): # a pandas Styler, which a notebook shows
+    "Texts side by side, as they are."
+    import pandas as pd
+    table = pd.DataFrame([{escape_text(k): v for k, v in r.items()} for r in rows]).style.format(escape_text)
+    left = dict(selector="th, td", props="text-align: left; vertical-align: top")
+    return table.hide(axis="index").set_table_styles([left])
+
+def figure_text(
+    text: str, # a category's or a model's name
+) -> str: # for matplotlib, which reads what stands between two dollars as a formula
+    "A name as a figure's label."
+    return str(text).replace("$", r"\$")
 
 # %% ../nbs/00_config.ipynb #9637a441
 def show_fig(
