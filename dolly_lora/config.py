@@ -13,8 +13,9 @@ from filelock import FileLock, Timeout
 
 # %% auto #0
 __all__ = ['SECRETS', 'PRESETS', 'EVALUATION', 'redact', 'DollyError', 'ConfigError', 'Recipe', 'parse_overrides', 'project_root',
-           'short_path', 'sample_path', 'resolve', 'write_text', 'write_json', 'read_json', 'file_sha256', 'hold_run',
-           'environment', 'start_run', 'load_run', 'escape_text', 'text_table', 'figure_text', 'show_fig', 'save_fig']
+           'short_path', 'sample_path', 'resolve', 'publish', 'write_text', 'write_json', 'read_json', 'file_sha256',
+           'hold_run', 'environment', 'start_run', 'load_run', 'escape_text', 'text_table', 'figure_text', 'show_fig',
+           'save_fig']
 
 # %% ../nbs/00_config.ipynb #141ce964
 # bitsandbytes, imported on a CPU, complains of a kernel that nobody asked for
@@ -75,7 +76,7 @@ class Recipe:
     warmup_ratio: float = 0.03             # share of the steps
     weight_decay: float = 0.0              # of AdamW
     max_grad_norm: float = 1.0             # gradients are clipped to this norm
-    optimizer: str = "adamw_torch_fused"   # on CUDA; a CPU uses adamw_torch
+    optimizer: str = "adamw_torch_fused"   # on CUDA (the assignment's: paged_adamw_8bit); a CPU uses adamw_torch
     eval_steps: int = 500                  # steps between validations, each with a checkpoint
     logging_steps: int = 10                # steps between log lines
     test_answers: int = 0                  # test prompts answered in 03_eval (0: all)
@@ -192,23 +193,37 @@ def resolve(
     return recipe, folder
 
 # %% ../nbs/00_config.ipynb #bebe3589
+@contextlib.contextmanager
+def publish(
+    path: Path, # of the file to be; its folder is made if need be; `DollyError` when it cannot be written
+): # the path to write to instead
+    "Make a file appear at once and whole; where that fails (a full disk), the old one stays."
+    path = Path(path)
+    # a name of its own: under torchrun two processes write the same file
+    part = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with open(part, "rb+") as f: os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        raise DollyError(f"cannot write {short_path(path)} ({e.strerror or e}): make room or give another place, "
+                         f"then run again") from None
+    finally:
+        with contextlib.suppress(OSError): part.unlink(missing_ok=True)
+
 def write_text(
-    path: Path, # its folder is made if need be
+    path: Path, # see `publish`
     text: str,  # UTF-8
 ):
-    "Publish a text file atomically: a reader sees the old one or the new one, never half."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    # a name of its own: under torchrun two processes write the same file
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write(text); f.flush(); os.fsync(f.fileno())
-    os.replace(part, path)
+    "Publish a text file: a reader sees the old one or the new one, never half."
+    with publish(path) as part: part.write_text(text, encoding="utf-8")
 
 def write_json(
     path: Path, # where
     data,       # anything `json` takes
 ):
-    "Publish a JSON file atomically."
+    "Publish a JSON file."
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 # %% ../nbs/00_config.ipynb #bebe3514
@@ -376,9 +391,9 @@ def save_fig(
     alt: str,      # as in `show_fig`
 ):
     "Show a figure and save it as PNG and SVG, with its text alternative beside it."
-    folder = Path(run_dir) / "figures"; folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(run_dir) / "figures"
     for suffix in "png", "svg":
-        fig.savefig(folder / f"{name}.{suffix}", dpi=150, bbox_inches="tight",
-                    metadata={"Date": None} if suffix == "svg" else None)
+        with publish(folder / f"{name}.{suffix}") as part:
+            fig.savefig(part, dpi=150, bbox_inches="tight", metadata={"Date": None} if suffix == "svg" else None)
     write_text(folder / f"{name}.txt", alt + "\n")
     show_fig(fig, alt)
