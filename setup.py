@@ -1,13 +1,28 @@
 """Packaging of dolly_lora: everything it needs to know is in settings.ini, which nbdev reads too."""
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 minimum = int(cfg["min_python"].split(".")[1])
+
+
+class WithNotebooks(build_py):
+    """`dolly-lora run` executes the notebooks, so a built package carries a copy of them."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / "dolly_lora" / "nbs"
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(Path(__file__).parent / "nbs", target, ignore=shutil.ignore_patterns(".*"))
+
 
 setup(
     name=cfg["lib_name"],
@@ -20,6 +35,7 @@ setup(
     url=cfg["git_url"],
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    cmdclass={"build_py": WithNotebooks},
     packages=find_packages(include=["dolly_lora"]),
     package_data={"dolly_lora": ["sample/*"]},
     python_requires=f">={cfg['min_python']}",

@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .config import DollyError, project_root, sample_path, short_path
+from .config import DollyError, file_sha256, project_root, sample_path, short_path
 from .data import DataError
 from .judge import Question, ask, fetch
 
 # %% auto #0
-__all__ = ['REFERENCE', 'OFFICIAL', 'OWN_PROMPT', 'load_reference', 'load_instructions', 'official_position', 'judge_prompt',
-           'pair_question', 'second_is_better', 'compare', 'consistency', 'fit_glm', 'Refused', 'length_controlled',
+__all__ = ['REFERENCE', 'OFFICIAL', 'PUBLISHED_JUDGE', 'PUBLISHED_ANNOTATORS', 'PROMPT_SHA256', 'PROMPT_CHARACTERS',
+           'REFERENCE_SHA256', 'REFERENCE_CHARACTERS', 'OWN_PROMPT', 'DIFFICULTY_SUMS', 'load_reference',
+           'load_instructions', 'official_position', 'judge_prompt', 'content_sha256', 'pair_question',
+           'second_is_better', 'compare', 'consistency', 'why_unofficial', 'fit_glm', 'Refused', 'length_controlled',
            'score', 'length_control_files', 'bootstrap', 'length_effect']
 
 # %% ../nbs/03c_alpaca.ipynb #03c005
@@ -24,6 +26,10 @@ OFFICIAL = (
     f"https://github.com/tatsu-lab/alpaca_eval/raw/cd543a149d/results/{REFERENCE}/model_outputs.json",
     "83db546b872ddebee8965fd05fa48461ee3c32bc695c62fb57f2d214ff741ec4")
 
+def _is_text(value): # whole characters: half of one (a lone surrogate) cannot be written
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+# %% ../nbs/03c_alpaca.ipynb #16621ee7
 def _read(source, fields):
     "The entries of a .json or .json.xz list, each with those strings."
     path = project_root() / source
@@ -35,11 +41,13 @@ def _read(source, fields):
                         f".json.xz) or `official`") from None
     except json.JSONDecodeError as e:
         raise DataError(f"{path.name} line {e.lineno}: not JSON ({e.msg})") from None
-    except (UnicodeDecodeError, lzma.LZMAError):
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError):
         raise DataError(f"{path.name}: not UTF-8, or not what its ending says") from None
+    except (ValueError, RecursionError) as e:  # a number or a depth beyond all measure
+        raise DataError(f"{path.name}: not JSON that can be read ({type(e).__name__})") from None
     if not isinstance(rows, list) or not rows: raise DataError(f"{path.name}: expected a list of objects")
     for n, r in enumerate(rows, 1):
-        bad = [f for f in fields if not isinstance(r, dict) or not isinstance(r.get(f), str)]
+        bad = [f for f in fields if not isinstance(r, dict) or not _is_text(r.get(f))]
         if bad: raise DataError(f"{path.name} entry {n}: no text under `{bad[0]}`")
     return rows
 
@@ -90,6 +98,21 @@ def judge_prompt(
                         f"{{output_1}} and {{output_2}}")
     return tuple((role, text.strip()) for role, text in messages)
 
+# %% ../nbs/03c_alpaca.ipynb #3b33847b
+# https://github.com/tatsu-lab/alpaca_eval, evaluators_configs/weighted_alpaca_eval_gpt4_turbo: the judge's model
+PUBLISHED_JUDGE = "gpt-4-1106-preview"
+PUBLISHED_ANNOTATORS = (PUBLISHED_JUDGE, "weighted_alpaca_eval_gpt4_turbo")  # as annotations name it: ours, theirs
+PROMPT_SHA256 = "a9d1df00c19f8cba33fe6fcdcf7f003f4be5d7ac6b8409296856c3f3f7d9aff5" # of alpaca_eval_clf.txt's messages
+PROMPT_CHARACTERS = 1339            # of alpaca_eval_clf.txt's messages, for an estimate without the file
+REFERENCE_SHA256 = "4c893463e9431e8340d85fc295182cb16ff35499362dc90d7c54080e4587bcb1" # instructions and answers
+REFERENCE_CHARACTERS = 2049         # of an answer of the reference, on average
+
+def content_sha256(
+    data, # anything `json` takes
+) -> str: # 64 hexadecimal digits
+    "The fingerprint of prompts, questions or answers, however their file is laid out."
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
 # %% ../nbs/03c_alpaca.ipynb #03c015
 OWN_PROMPT = (("user", """Here is an instruction with two answers to it. Compare them: \
 which one does what was asked, is right, and reads well?
@@ -125,7 +148,8 @@ def second_is_better(
 ) -> float | None: # probability in [0, 1]; None for a reply that says neither
     "Read one reply."
     if reply.error: return None
-    first, second = ((reply.logprobs or {}).get(c, -np.inf) for c in choices)
+    told = {c: v for c, v in (reply.logprobs or {}).items() if np.isfinite(v)}
+    first, second = (told.get(c, -np.inf) for c in choices)
     if max(first, second) > -np.inf: return float(np.exp(-np.logaddexp(0, first - second)))
     return {choices[0]: 0.0, choices[1]: 1.0}.get(reply.text)
 
@@ -176,12 +200,41 @@ def consistency(
     return counts | dict(contradicted=100 * float(contradicted.mean()),
                          first=50 * float(np.mean(1 - p[:, 0] + p[:, 1])))
 
+# %% ../nbs/03c_alpaca.ipynb #2689e3cd
+def why_unofficial(
+    annotations: dict[str, list[dict]], # name of the pair -> rows from `compare`
+    prompt: tuple, # the judge's prompt, from `judge_prompt`
+) -> str: # a clause; "" for AlpacaEval 2 as published
+    "Why these win rates do not compare with the published ones."
+    rows = [r for pair in annotations.values() for r in pair]
+    judge = next((r["annotator"] for r in rows if r["annotator"] != PUBLISHED_JUDGE), PUBLISHED_JUDGE)
+    if judge != PUBLISHED_JUDGE: return f"the judge is {judge}, published numbers are {PUBLISHED_JUDGE}'s"
+    if content_sha256(prompt) != PROMPT_SHA256: return "the judge's prompt is not the published one"
+    asked = [{p for r in pair if (p := official_position(r["instruction"])) is not None}
+             for pair in annotations.values()]
+    if (n := min(map(len, asked), default=0)) < 805: return f"{n} of 805 instructions"
+    if any(len(pair) > 805 for pair in annotations.values()): return "more than the 805 instructions"
+    references = [pair for pair in annotations.values() if pair[0]["generator_1"] == REFERENCE]
+    if not references: return f"no answers were compared with {REFERENCE}'s"
+    if not all(map(_has_reference, references)): return f"the reference's answers are not {REFERENCE}'s"
+    return ""
+
+def _has_reference(rows): # are the answers on the left the published ones?
+    rows = sorted(rows, key=lambda r: official_position(r["instruction"]))
+    return content_sha256([[r["instruction"].strip(), r["output_1"]] for r in rows]) == REFERENCE_SHA256
+
 # %% ../nbs/03c_alpaca.ipynb #03c033
+def _preference(value): # a number; nan for what is none
+    try: return float(value)
+    except (TypeError, ValueError, OverflowError): return np.nan
+
+# %% ../nbs/03c_alpaca.ipynb #40191eeb
 def _table(annotations, positional=False):
     "Checked annotations as a DataFrame with `p`, the preference in [0, 1], in the official order unless positional."
     columns = ("instruction", "output_1", "output_2", "generator_1", "generator_2")
     if isinstance(annotations, (str, Path)): annotations = _read(annotations, columns)
-    table = pd.DataFrame(annotations)
+    try: table = pd.DataFrame(annotations)
+    except (ValueError, TypeError, AttributeError): table = pd.DataFrame()  # no rows at all
     missing = [c for c in (*columns, "preference") if c not in table]
     if missing:
         raise DataError(f"annotations without `{missing[0]}`: give a list, DataFrame or file (.json, "
@@ -192,11 +245,8 @@ def _table(annotations, positional=False):
         if table[who].nunique() > 1:
             raise DataError(f"annotations with {table[who].nunique()} names under {who}: score one model at a time")
     # 0 is how older files write a tie
-    p = pd.to_numeric(table.preference, errors="coerce").astype(float).replace(0.0, 1.5) - 1
+    p = table.preference.map(_preference).astype(float).replace(0.0, 1.5) - 1
     table = table.assign(p=p.where(p.between(0, 1)))
-    if not table.p.notna().any():
-        raise DataError(f"none of {len(table)} annotations has a preference from 1 to 2: "
-                        f"look at the judge's replies")
     if positional: return table
     def key(i):
         text = table.instruction.iloc[i]; at = official_position(text)
@@ -267,6 +317,10 @@ def _refuse(table, difficulty, gamed, positional): # where the number would not 
     who, ok = table.generator_1.iloc[0], table.p.notna()
     if who != REFERENCE:
         raise Refused(f"the reference is {who}: difficulties and gamed rows exist for {REFERENCE} only")
+    judges = set(table.get("annotator", ())) - set(PUBLISHED_ANNOTATORS)
+    if judges:
+        raise Refused(f"the judge is {min(map(str, judges))}: difficulties and gamed rows come from "
+                      f"{PUBLISHED_JUDGE}'s verdicts, and with another judge the correction would be wrong")
     if difficulty is None or gamed is None:
         raise Refused("needs instruction_difficulty.csv and df_gamed.csv (hub data set tatsu-lab/alpaca_eval)")
     twice = 0 if positional else table.instruction.duplicated().sum()
@@ -285,6 +339,7 @@ def length_controlled(
 ) -> dict: # length_controlled_winrate and lc_standard_error in percent; `Refused` says why not
     "The win rate at equal lengths."
     table = _table(annotations, positional)
+    if not table.p.notna().any(): raise Refused("no verdict is valid")
     if table.generator_1.iloc[0] == table.generator_2.iloc[0]:
         return dict(length_controlled_winrate=50.0, lc_standard_error=0.0)
     _refuse(table, difficulty, gamed, positional)
@@ -309,6 +364,9 @@ def score(
     "Win rate and length-controlled win rate of output_2 over output_1."
     table = _table(annotations, positional)
     p = table.p.dropna()
+    if not len(p):
+        raise DataError(f"none of {len(table)} annotations has a preference from 1 to 2: "
+                        f"look at the judge's replies")
     discrete = p.round().where(p != 0.5, 0.5)  # a tie is half a win
     result = dict(win_rate=100 * float(p.mean()),
                   standard_error=100 * float(p.sem()) if len(p) > 1 else None,
@@ -321,25 +379,40 @@ def score(
         return result | dict(length_controlled_winrate=None, lc_standard_error=None, lc_refused=str(e))
 
 # %% ../nbs/03c_alpaca.ipynb #lcf1
-def length_control_files() -> tuple: # paths of both files; (None, None) without the hub
+DIFFICULTY_SUMS = (-16.789544, 58.906103, -4.447307, 29.781978, -8.982537, 7.927155, 24.25108, -2.710818)
+
+def _check_difficulty(path): # `DataError` unless it holds the published values
+    table = _csv(path, ("index", "instruction_difficulty", "instruction_difficulty.csv"))
+    try: values = table.set_index("index").instruction_difficulty.astype(float)
+    except (ValueError, TypeError): values = pd.Series(dtype=float)
+    fits = len(values) == 805 and set(values.index) == set(range(805))
+    if fits:
+        sums = [np.cos(k * np.arange(805)) @ values.sort_index().to_numpy() for k in range(1, 9)]
+        fits = np.allclose(sums, DIFFICULTY_SUMS, rtol=0, atol=1e-3)  # not so with a nan among them
+    if not fits:
+        raise DataError("instruction_difficulty.csv of tatsu-lab/alpaca_eval does not hold the values that "
+                        "AlpacaEval 2 was published with")
+
+def length_control_files() -> tuple: # paths of both files; (None, None) without the hub; `DollyError` for other files
     "What `score` needs for the length-controlled win rate."
     from huggingface_hub import hf_hub_download
     try:
         paths = [hf_hub_download("tatsu-lab/alpaca_eval", name, repo_type="dataset")
                  for name in ("instruction_difficulty.csv", "df_gamed.csv")]
     except (OSError, ValueError): return None, None
-    if not hashlib.sha256(Path(paths[1]).read_bytes()).hexdigest().startswith("97aeec3f"):
-        raise DollyError(
-            "df_gamed.csv of tatsu-lab/alpaca_eval is not the file that AlpacaEval 2 was published with")
+    if not file_sha256(paths[1]).startswith("97aeec3f"):
+        raise DataError("df_gamed.csv of tatsu-lab/alpaca_eval is not the file that AlpacaEval 2 was published with")
+    _check_difficulty(paths[0])
     return tuple(paths)
 
 # %% ../nbs/03c_alpaca.ipynb #03c051
 def bootstrap(
     annotations,   # as for `score`
     seed: int = 0, # of the resampling
-) -> dict: # win_rate and the percentile interval's `low` and `high`, in percent
+) -> dict: # win_rate and the percentile interval's `low` and `high`, in percent; None where no row is valid
     "A 95 % interval of the win rate, over instructions."
     p = _table(annotations).p.dropna().to_numpy()
+    if not len(p): return dict(win_rate=None, low=None, high=None)
     draws = 100 * p[np.random.default_rng(seed).integers(0, len(p), (1000, len(p)))].mean(1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return dict(win_rate=100 * float(p.mean()), low=float(low), high=float(high))

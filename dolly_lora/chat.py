@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from transformers import (LogitsProcessorList, StoppingCriteriaList, TemperatureLogitsWarper,
-                          TextIteratorStreamer, TopPLogitsWarper)
+from transformers import (LogitsProcessorList, StoppingCriteriaList, TemperatureLogitsWarper, TextStreamer,
+                          TopPLogitsWarper)
 from .config import DollyError, short_path, write_text
 from .data import build_conversation
 from .generate import ChooseToken, uniform_draws
@@ -89,9 +89,15 @@ def _generate(model, tokenizer, prompt, turn, stop, **kwargs):
                        logits_processor=_sampler(prompt, s, model.device), **kwargs)
 
 # %% ../nbs/04_chat.ipynb #i6998199
+class _Pieces(TextStreamer):
+    "Puts text into a queue as it comes."
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.queue = queue.Queue()
+    def on_finalized_text(self, text, stream_end=False): self.queue.put(text)
+
 def _begin(model, tokenizer, prompt, turn, stop): # the thread, where its text, its tokens and its failure arrive
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=0.2, skip_special_tokens=True)
-    ids, failed = [], []
+    streamer, ids, failed = _Pieces(tokenizer), [], []
     def watch(input_ids, scores, **kwargs): # after each token
         ids.append(int(input_ids[0, -1]))
         return torch.full((len(input_ids),), stop.is_set(), dtype=torch.bool, device=input_ids.device)
@@ -99,9 +105,10 @@ def _begin(model, tokenizer, prompt, turn, stop): # the thread, where its text, 
         criteria = StoppingCriteriaList([watch])
         try: _generate(model, tokenizer, prompt, turn, stop, streamer=streamer, stopping_criteria=criteria)
         except BaseException as e: failed.append(e)
-        finally: streamer.end()
-    thread = threading.Thread(target=work); thread.start()
-    return thread, streamer, ids, failed
+        finally: streamer.queue.put(None)
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread, streamer.queue, ids, failed
 
 # %% ../nbs/04_chat.ipynb #c1c362e6
 def stream_answer(
@@ -112,17 +119,17 @@ def stream_answer(
     stop: threading.Event, # once set, the answer ends
 ): # yields the growing answer, first an empty one; what the model raises is raised here
     "Generate in a thread, and hand on the text as it comes."
-    thread, streamer, ids, failed = _begin(model, tokenizer, prompt, turn, stop)
+    thread, pieces, ids, failed = _begin(model, tokenizer, prompt, turn, stop)
     start, text = time.monotonic(), ""
     yield ""
     while True:
-        try: text += next(streamer)
-        except StopIteration: thread.join(); break  # the adapter is as it was
+        try: piece = pieces.get(timeout=0.2)
         except queue.Empty:  # nothing new
-            if stop.is_set() or not thread.is_alive() and streamer.text_queue.empty():
-                thread.join(0.5)
-                break
-            continue
+            if not stop.is_set(): continue
+            thread.join(0.5)
+            break
+        if piece is None: thread.join(); break  # the adapter is as it was
+        text += piece
         turn.ids, turn.seconds = ids[:], time.monotonic() - start
         if text.strip() != turn.answer: turn.answer = text.strip(); yield turn.answer
     turn.ids, turn.seconds = ids[:], time.monotonic() - start
@@ -275,8 +282,7 @@ def save(self: Chat,
         text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in _rows(self))
     elif path.suffix == ".md": text = _markdown_of(self)
     else: raise DollyError(f"cannot save as {path.name!r}: give a name that ends in .jsonl or .md")
-    try: write_text(path, text)
-    except OSError as e: raise DollyError(f"cannot save {path}: {e.strerror}") from None
+    write_text(path, text)
     return path
 
 # %% ../nbs/04_chat.ipynb #cac4949c

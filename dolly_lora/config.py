@@ -361,13 +361,16 @@ def text_table(
     import pandas as pd
     table = pd.DataFrame([{escape_text(k): v for k, v in r.items()} for r in rows]).style.format(escape_text)
     left = dict(selector="th, td", props="text-align: left; vertical-align: top")
-    return table.hide(axis="index").set_table_styles([left])
+    # MathJax reads a page after its entities are decoded
+    plain = 'class="tex2jax_ignore mathjax_ignore"'
+    return table.hide(axis="index").set_table_styles([left]).set_table_attributes(plain)
 
 def figure_text(
     text: str, # a category's or a model's name
 ) -> str: # for matplotlib, which reads what stands between two dollars as a formula
-    "A name as a figure's label."
-    return str(text).replace("$", r"\$")
+    "A name as a figure's label, without what no SVG may hold."
+    shown = re.sub("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", str(text))
+    return shown.replace("$", r"\$")
 
 # %% ../nbs/00_config.ipynb #9637a441
 def show_fig(

@@ -4,9 +4,10 @@
 
 # %% ../nbs/01_data.ipynb #6bae4c46
 from __future__ import annotations
-import collections, hashlib, json, lzma, re
+import collections, contextlib, hashlib, json, lzma, re
 from pathlib import Path
-from .config import DollyError, Recipe, project_root, sample_path, write_json, write_text
+from .config import (DollyError, Recipe, file_sha256, hold_run, project_root, read_json,
+                               sample_path, short_path, write_json, write_text)
 
 # %% auto #0
 __all__ = ['FIELDS', 'DOLLY', 'DataError', 'load_dolly', 'strip_citations', 'normalise', 'clean', 'split', 'build_prompt',
@@ -21,21 +22,35 @@ DOLLY = dict(id="databricks/databricks-dolly-15k", file="databricks-dolly-15k.js
 class DataError(DollyError):
     "Data that cannot be used: names the file, the line and what is wrong there."
 
+# %% ../nbs/01_data.ipynb #4fae9fe9
 def _record(row, where):
     "One row as the four strings, or a `DataError` that says `where`."
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object with {', '.join(FIELDS)}, found {type(row).__name__}")
     for field in FIELDS:
         if field not in row:
-            raise DataError(
-                f"{where}: field {field!r} is missing (has: {', '.join(map(str, row)) or 'nothing'})")
+            has = ", ".join(ascii(str(name)[:30])[1:-1] for name in list(row)[:8])
+            raise DataError(f"{where}: field {field!r} is missing (has: {has or 'nothing'})")
         if not isinstance(row[field], str):
             raise DataError(f"{where}: field {field!r} must be text, found {type(row[field]).__name__}")
+        try: row[field].encode("utf-8")
+        except UnicodeEncodeError as e:
+            raise DataError(f"{where}: field {field!r} has half of a surrogate pair at character {e.start + 1} "
+                            f"(\\u{ord(row[field][e.start]):04x}): write the whole character") from None
     for field in "instruction", "category":
         if not row[field].strip(): raise DataError(f"{where}: field {field!r} is empty")
     return {field: row[field] for field in FIELDS}
 
 # %% ../nbs/01_data.ipynb #e8ba553a
+def _parse(text, where): # JSON, or a `DataError` that says `where`
+    try: return json.loads(text)
+    except json.JSONDecodeError as e:
+        line = f" line {e.lineno}" if "line" not in where else ""
+        raise DataError(f"{where}{line}: not JSON ({e.msg} at column {e.colno})") from None
+    except (ValueError, RecursionError) as e:  # a number of 5,000 digits, brackets 5,000 deep
+        raise DataError(f"{where}: JSON that cannot be read ({str(e)[:60]})") from None
+
+# %% ../nbs/01_data.ipynb #d725dd13
 def _read_jsonl(path):
     with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as f:
         for n, line in enumerate(f, 1):
@@ -44,25 +59,23 @@ def _read_jsonl(path):
             except UnicodeDecodeError as e:
                 raise DataError(
                     f"{where}: not UTF-8 (byte {e.start + 1}): save the file as UTF-8") from None
-            if not text.strip(): continue
-            try: yield _record(json.loads(text), where)
-            except json.JSONDecodeError as e:
-                raise DataError(f"{where}: not JSON ({e.msg} at column {e.colno})") from None
+            if text.strip(): yield _record(_parse(text, where), where)
 
 def _read_json(path):
-    try: rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    try: text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError: raise DataError(f"{path.name}: not UTF-8: save the file as UTF-8") from None
-    except json.JSONDecodeError as e:
-        raise DataError(f"{path.name} line {e.lineno}: not JSON ({e.msg} at column {e.colno})") from None
+    rows = _parse(text, path.name)
     if not isinstance(rows, list):
         raise DataError(f"{path.name}: expected a list of records, found {type(rows).__name__}")
     return (_record(r, f"{path.name} record {n}") for n, r in enumerate(rows, 1))
 
 # %% ../nbs/01_data.ipynb #e8ba5514
 def _read_parquet(path):
-    import pyarrow as pa, pyarrow.parquet as pq
+    import pyarrow.parquet as pq
     try: rows = pq.read_table(path).to_pylist()
-    except pa.ArrowInvalid as e: raise DataError(f"{path.name}: not a parquet file ({e})") from None
+    except Exception as e:  # a dozen kinds, from a wrong magic number to text that is no UTF-8
+        said = " ".join(str(e).split())[:120]
+        raise DataError(f"{path.name}: not a parquet file that can be read ({said})") from None
     return (_record(r, f"{path.name} row {n}") for n, r in enumerate(rows, 1))
 
 # %% ../nbs/01_data.ipynb #d85dc1c8
@@ -78,27 +91,40 @@ def _download(source):
     except Exception as e:  # a dozen kinds, from DNS to 404
         raise DataError(f"cannot get {source} from the hub ({type(e).__name__}): "
                         "give the path of a local copy, or dataset=sample for the embedded one") from None
-    if (got := hashlib.sha256(path.read_bytes()).hexdigest()) != DOLLY["sha256"]:
+    if (got := file_sha256(path)) != DOLLY["sha256"]:
         raise DataError(f"{path.name} from the hub has SHA-256 {got[:12]}…, "
                         f"expected {DOLLY['sha256'][:12]}…: delete it from the hub cache and try again")
     return _read_jsonl(path)
 
 # %% ../nbs/01_data.ipynb #18cbcb20
+_READERS = {".jsonl": _read_jsonl, ".xz": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+
+def _local(source): # the path that a source means if it is a file
+    return sample_path("dolly_sample.jsonl") if str(source) == "sample" else project_root() / source
+
+def _is_file(path):
+    try: return path.is_file()
+    except (OSError, ValueError): return False  # a name too long, or with a zero byte
+
+def _read_file(path): # records
+    if path.suffix not in _READERS:
+        raise DataError(f"{path.name}: cannot read {path.suffix or 'a file without suffix'}: "
+                        f"give .jsonl, .jsonl.xz, .json or .parquet")
+    try: return list(_READERS[path.suffix](path))
+    except (lzma.LZMAError, EOFError):
+        raise DataError(f"{path.name}: the xz file is damaged or cut short: fetch it again") from None
+    except OSError as e:
+        raise DataError(f"{path.name}: cannot be read ({e.strerror or e}): look at its rights") from None
+
+# %% ../nbs/01_data.ipynb #c5265087
 def load_dolly(
     source: str, # hub id, path (.jsonl, .jsonl.xz, .json, .parquet; relative to the project) or `sample`
 ): # `datasets.Dataset`, string columns instruction, context, response, category; `DataError` names file and line
     "Read Dolly, or data of its shape."
     from datasets import Dataset
-    path = sample_path("dolly_sample.jsonl") if str(source) == "sample" else project_root() / source
-    readers = {".jsonl": _read_jsonl, ".xz": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-    if path.is_file():
-        if path.suffix not in readers:
-            raise DataError(f"{path.name}: cannot read {path.suffix or 'a file without suffix'}: "
-                            f"give .jsonl, .jsonl.xz, .json or .parquet")
-        try: rows = list(readers[path.suffix](path))
-        except (lzma.LZMAError, EOFError):
-            raise DataError(f"{path.name}: the xz file is damaged or cut short: fetch it again") from None
-    elif path.suffix in readers or str(source).count("/") != 1 or str(source).startswith((".", "/")):
+    path = _local(source)
+    if _is_file(path): rows = _read_file(path)
+    elif path.suffix in _READERS or str(source).count("/") != 1 or str(source).startswith((".", "/")):
         raise DataError(f"no data at {source!r}: give an existing file, a hub id (owner/name) or `sample`")
     else: rows = list(_download(str(source)))
     if not rows: raise DataError(f"{source}: holds no records")
@@ -213,8 +239,9 @@ def encode_all(
     prompts = [build_prompt(r["instruction"], r["context"]) for r in rows]
     whole = [p + r["response"] for p, r in zip(prompts, rows)]
     out = []
-    for prompt, ids in zip(tokenizer(prompts).input_ids, tokenizer(whole).input_ids):
-        assert ids[:len(prompt)] == prompt, "the prompt must stay a prefix when the response follows"
+    for row, prompt, ids in zip(rows, tokenizer(prompts).input_ids, tokenizer(whole).input_ids):
+        if ids[:len(prompt)] != prompt:  # the tokenizer joins the end of one with the start of the other
+            ids = prompt + tokenizer(row["response"], add_special_tokens=False).input_ids
         ids, start = ids + [tokenizer.eos_token_id], len(prompt) if train_on == "response" else 0
         labels = [-100] * start + ids[start:]
         cut = max(0, len(ids) - max_length)
@@ -231,32 +258,58 @@ def encode_split(
     from datasets import Dataset
     every = encode_all(rows, tokenizer, recipe.max_length, recipe.train_on)
     kept = [e for e in every if any(l != -100 for l in e["labels"][1:])]  # the first token has nothing before it
-    for e in kept: assert e["cut"] or e["labels"][-1] == tokenizer.eos_token_id
     counts = dict(examples=len(kept), cut=sum(e["cut"] > 0 for e in kept),
                   tokens_cut=sum(e["cut"] for e in kept), dropped=len(every) - len(kept),
                   tokens=sum(len(e["input_ids"]) for e in kept),
                   response_tokens=sum(l != -100 for e in kept for l in e["labels"]))
     return Dataset.from_list([{k: e[k] for k in ("input_ids", "labels")} for e in kept]), counts
 
+# %% ../nbs/01_data.ipynb #e1e8c3bd
+def _source_sha256(source): # of the file behind a source; None: not known without a download
+    if str(source) == DOLLY["id"]: return DOLLY["sha256"]
+    with contextlib.suppress(OSError):
+        if _is_file(path := _local(source)): return file_sha256(path)
+
+def _write_splits(recipe, folder): # the statistics last: their presence says that the others are complete
+    source = _source_sha256(recipe.dataset)
+    rows, counts = clean(load_dolly(recipe.dataset))
+    parts, files = split(rows, recipe), {}
+    for name, part in parts.items():
+        if not part:
+            raise DataError(f"{recipe.dataset}: {len(rows)} records are too few for a {name} split: "
+                            f"bring at least ten of a category")
+        path = folder / f"{name}.jsonl"
+        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in part))
+        files[name] = file_sha256(path)
+    categories = {n: dict(sorted(collections.Counter(r["category"] for r in p).items()))
+                  for n, p in parts.items()}
+    sizes = {n: len(p) for n, p in parts.items()}
+    write_json(folder / "statistics.json",
+               dict(source=recipe.dataset, source_sha256=source, cleaning=counts, splits=sizes,
+                    categories=categories, files_sha256=files))
+
+# %% ../nbs/01_data.ipynb #c681c990
+def _check_splits(recipe, folder): # `DataError` when the source or a written file is another than it was
+    there = read_json(folder / "statistics.json")
+    before, now = there.get("source_sha256"), _source_sha256(recipe.dataset)
+    if before and now and before != now:
+        raise DataError(f"{recipe.dataset} has changed since {short_path(folder)} was made from it "
+                        f"(SHA-256 {before[:12]}… then, {now[:12]}… now): choose another run_dir, "
+                        f"or delete {short_path(folder.parent)}")
+    for name, expected in there.get("files_sha256", {}).items():
+        path = folder / f"{name}.jsonl"
+        if not path.exists() or file_sha256(path) != expected:
+            raise DataError(f"{short_path(path)} is missing, cut short or edited: "
+                            f"delete {short_path(folder)} and run 01_data again")
+
 # %% ../nbs/01_data.ipynb #e951187c
 def prepare_data(
     recipe: Recipe, # which data, which split
     run_dir: Path,  # files go to RUN_DIR/data
-) -> dict[str, list[dict]]: # train, val, test
+) -> dict[str, list[dict]]: # train, val, test; `DataError` when source or files are not what they were
     "Load, clean and split once; later calls read what the first one wrote."
     folder = Path(run_dir) / "data"
     if not (folder / "statistics.json").exists():
-        rows, counts = clean(load_dolly(recipe.dataset))
-        parts = split(rows, recipe)
-        for name, part in parts.items():
-            if not part:
-                raise DataError(f"{recipe.dataset}: {len(rows)} records are too few for a {name} split: "
-                                f"bring at least ten of a category")
-            write_text(folder / f"{name}.jsonl",
-                       "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in part))
-        categories = {n: dict(sorted(collections.Counter(r["category"] for r in p).items()))
-                      for n, p in parts.items()}
-        sizes = {n: len(p) for n, p in parts.items()}
-        write_json(folder / "statistics.json",
-                   dict(source=recipe.dataset, cleaning=counts, splits=sizes, categories=categories))
+        with hold_run(run_dir): _write_splits(recipe, folder)
+    _check_splits(recipe, folder)
     return {name: list(_read_jsonl(folder / f"{name}.jsonl")) for name in ("train", "val", "test")}

@@ -4,7 +4,7 @@
 
 # %% ../nbs/03a_generate.ipynb #03a002
 from __future__ import annotations
-import hashlib, json, os, time
+import functools, hashlib, json, os, re, time
 from collections import deque
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -13,13 +13,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
-from .config import DollyError
+from .config import DollyError, Recipe, file_sha256, project_root, short_path
 from .kernels import _jit, _pow2, PLAIN, operations, tl
+from .models import locate_base
 from .packing import attend, pack
 from .step import angles_at, fits_llama, group_forward, hold_weights, is_llama, llama_blocks
 
 # %% auto #0
-__all__ = ['Answer', 'choose', 'uniform_draws', 'ChooseToken', 'attend_cached', 'Decoder', 'fill', 'step', 'Rows', 'generate']
+__all__ = ['Answer', 'choose', 'uniform_draws', 'ChooseToken', 'attend_cached', 'Decoder', 'fill', 'step', 'json_line', 'Rows',
+           'weights_fingerprint', 'generate']
 
 # %% ../nbs/03a_generate.ipynb #03a006
 @dataclass
@@ -301,19 +303,27 @@ def _decode(model, tokenizer, encoded, temperature, draws, max_new_tokens, slots
         for s in [s for s in at if not active[s]]: yield at.pop(s), decoder.out[s, :count[s]].tolist()
 
 # %% ../nbs/03a_generate.ipynb #03a028
+def json_line(
+    row: dict, # anything `json` takes
+) -> str: # one line that UTF-8 can store
+    "A row as JSON; half a character in a text (a lone surrogate) becomes an escape."
+    text = json.dumps(row, ensure_ascii=False)
+    return re.sub("[\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", text) + "\n"
+
+# %% ../nbs/03a_generate.ipynb #699b94f2
 class Rows:
     "A file of JSON lines, each with a `key`; what is in it need not be made again."
     def __init__(self,
-        path: Path, # made with the first row
+        path: Path, # made with the first row; `DollyError` names a line that is no row
     ):
         self.path, self.rows = Path(path), {}
         data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data[:data.rfind(b"\n") + 1]
-        self.torn = len(whole) if whole != data else None  # a process ended in the middle of a line
-        for n, line in enumerate(whole.splitlines(), 1):
+        self.size = len(data)                    # what this process has seen of the file
+        self.whole = data.rfind(b"\n") + 1       # without a line that a process left half-written
+        for n, line in enumerate(data[:self.whole].split(b"\n")[:-1], 1):
             try: row = json.loads(line); self.rows[row.pop("key")] = row
-            except (ValueError, KeyError, AttributeError):
-                raise DollyError(f"{self.path} line {n} is not a row of this file: "
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                raise DollyError(f"{short_path(self.path)} line {n} is not a row of this file: "
                                  f"delete the line and run again") from None
 
     def __contains__(self, key: str): return key in self.rows
@@ -321,11 +331,46 @@ class Rows:
 
     def add(self, key: str, row: dict):
         "Append a row; it survives the end of this process."
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.torn is not None: os.truncate(self.path, self.torn); self.torn = None
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(dict(key=key) | row, ensure_ascii=False) + "\n")
+        try: _append(self, json_line(dict(key=key) | row).encode())
+        except OSError as e:
+            raise DollyError(f"cannot write {short_path(self.path)} ({e.strerror}): make room, "
+                             f"then run again; the rows before it are kept") from None
         self.rows[key] = row
+
+# %% ../nbs/03a_generate.ipynb #44c20af7
+def _append(rows, line): # `DollyError` when another process has written to the file
+    rows.path.parent.mkdir(parents=True, exist_ok=True)
+    with open(rows.path, "ab", buffering=0) as f:
+        if f.tell() != rows.size:
+            raise DollyError(f"{short_path(rows.path)} was changed by another process: end one of the two, "
+                             f"then run again; no row of either is lost")
+        try:
+            f.truncate(rows.whole)
+            written = 0
+            while written < len(line): written += f.write(line[written:])
+        except OSError:
+            f.truncate(rows.whole)  # what fitted of the line
+            rows.size = rows.whole
+            raise
+    rows.size = rows.whole = rows.whole + len(line)
+
+# %% ../nbs/03a_generate.ipynb #6a68fe56
+def weights_fingerprint(
+    recipe: Recipe, # its `base` and `revision`; `ModelError` for a base that cannot be had
+) -> str: # a folder's SHA-256, a hub model's commit, or the name of a packaged or made-up model
+    "What a base model's answers depend on, besides the recipe."
+    if recipe.base in ("tiny", "smollm2", "random-7b"): return recipe.base
+    if (folder := project_root() / recipe.base).is_dir():
+        kinds = (".safetensors", ".json", ".model", ".txt", ".jinja")
+        files = sorted(p for p in folder.iterdir() if p.suffix in kinds and p.is_file())
+        parts = [(p.name, _file_sha256(p, p.stat().st_size, p.stat().st_mtime_ns)) for p in files]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    if recipe.revision: return recipe.revision
+    from transformers import AutoConfig
+    return AutoConfig.from_pretrained(locate_base(recipe))._commit_hash or recipe.base
+
+@functools.cache
+def _file_sha256(path, size, changed): return file_sha256(path) # once for each state of a file
 
 # %% ../nbs/03a_generate.ipynb #03a031
 def _encode(model, tokenizer, prompts, max_new_tokens): # token ids of each prompt
@@ -367,6 +412,11 @@ def _keys(prompts, heat, max_new_tokens, seed, made_with): # what each answer de
     texts = [json.dumps([p, made_with, decoding(t)], sort_keys=True) for p, t in zip(prompts, heat)]
     return [hashlib.sha256(t.encode()).hexdigest()[:32] for t in texts]
 
+def _kept(row): # an Answer; None for a row that holds none
+    try: answer = Answer(**row)
+    except TypeError: return None
+    return answer if isinstance(answer.text, str) and isinstance(answer.n_tokens, int) else None
+
 def _progress(done, all_, now, tokens, seconds):
     left = f", {timedelta(seconds=round(seconds / now * (all_ - done)))} left" if done < all_ else ""
     return f"{done:,} of {all_:,} answers, {tokens / seconds:,.0f} tokens/s{left}"
@@ -399,7 +449,7 @@ def generate(
     heat = np.broadcast_to(np.asarray(temperature, np.float32), len(prompts))
     encoded, training = _encode(model, tokenizer, prompts, max_new_tokens), model.training
     keys = _keys(prompts, heat, max_new_tokens, seed, made_with)
-    done = {k: Answer(**rows[k]) for k in keys if rows and k in rows}
+    done = {k: kept for k in keys if rows and k in rows and (kept := _kept(rows[k]))}
     todo = {k: i for i, k in reversed(list(enumerate(keys))) if k not in done}  # one that comes twice once
     draws = [uniform_draws(p, seed, max_new_tokens) if t else np.zeros(max_new_tokens, np.float32)
              for p, t in zip(prompts, heat)]

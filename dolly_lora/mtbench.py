@@ -8,14 +8,16 @@ import hashlib, itertools, json, lzma, math, re
 from collections import Counter
 from pathlib import Path
 import numpy as np
-from .config import project_root, sample_path, short_path
+from .alpaca import content_sha256
+from .config import figure_text, project_root, sample_path, short_path
 from .data import DataError, build_conversation
 from .judge import Question, Reply, ask, fetch
 
 # %% auto #0
-__all__ = ['MTBENCH_TEMPERATURE', 'NEED_REFERENCE', 'PINNED', 'OWN_PROMPTS', 'load_questions', 'load_references',
-           'answer_mtbench', 'load_prompts', 'judge_question', 'rating', 'winner', 'grade', 'grade_pairs', 'win_rates',
-           'score', 'average_interval', 'plot_radar', 'plot_turns']
+__all__ = ['MTBENCH_TEMPERATURE', 'NEED_REFERENCE', 'PINNED', 'PUBLISHED_JUDGE', 'QUESTIONS_SHA256', 'PROMPTS_SHA256',
+           'QUESTION_CHARACTERS', 'REFERENCE_CHARACTERS', 'PROMPT_CHARACTERS', 'OWN_PROMPTS', 'load_questions',
+           'load_references', 'answer_mtbench', 'load_prompts', 'judge_question', 'rating', 'winner', 'grade',
+           'grade_pairs', 'win_rates', 'score', 'why_unofficial', 'average_interval', 'plot_radar', 'plot_turns']
 
 # %% ../nbs/03d_mtbench.ipynb #03d005
 MTBENCH_TEMPERATURE = dict(writing=0.7, roleplay=0.7, reasoning=0.0, math=0.0, coding=0.0, extraction=0.0,
@@ -47,7 +49,7 @@ def _lines(path, names=""):
     except FileNotFoundError:
         raise DataError(
             f"no file at {short_path(path)}: give the path of a .jsonl or .jsonl.xz file{names}") from None
-    except (UnicodeDecodeError, lzma.LZMAError):
+    except (OSError, UnicodeDecodeError, lzma.LZMAError, EOFError):
         raise DataError(f"{path.name} cannot be read: save it as UTF-8, "
                         f"plain or compressed by xz") from None
 
@@ -56,14 +58,16 @@ def _rows(items, read, name, expected):
     for n, item in enumerate(items, 1):
         if isinstance(item, str) and not item.strip(): continue
         try: rows.append(read(json.loads(item) if isinstance(item, str) else item))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise DataError(f"{name} line {n}: expected {expected}") from None
     return rows
 
 # %% ../nbs/03d_mtbench.ipynb #03d011
 def _two(turns):
     if not isinstance(turns, list) or len(turns) != 2: raise ValueError("a question has two turns")
-    return [str(t) for t in turns]
+    texts = [str(t) for t in turns]
+    for text in texts: text.encode()  # a ValueError for half a character (a lone surrogate)
+    return texts
 
 def load_questions(
     source: str = "sample", # `sample` (eight of this course's own), `official` or a path (.jsonl)
@@ -115,7 +119,18 @@ def answer_mtbench(
     return dict(rows=rows, finished=100 * float(np.mean([a.finished for turn in answered for a in turn])))
 
 # %% ../nbs/03d_mtbench.ipynb #03d023
-def _name(kind, guided, turn):
+# https://github.com/lm-sys/FastChat, llm_judge/gen_judgment.py: the judge of the published scores
+PUBLISHED_JUDGE = "gpt-4"
+QUESTIONS_SHA256 = "5c73032a517ff96f0255faa333429d6a7f91a3661a808b8bb6de2e6541ccd8fb" # of question.jsonl's contents
+PROMPTS_SHA256 = "0138ae7bdd851db3d2081885ad8922b7f4ced5ea6e95ccaf6ca8e61c1e108269"   # of judge_prompts.jsonl's
+QUESTION_CHARACTERS = 202   # of an official turn, on average
+REFERENCE_CHARACTERS = 753  # of an official reference answer, on average
+PROMPT_CHARACTERS = {       # of the official prompts, for an estimate without the file
+    "single-v1": 669, "single-v1-multi-turn": 825, "single-math-v1": 795, "single-math-v1-multi-turn": 1045,
+    "pair-v2": 1128, "pair-v2-multi-turn": 1455, "pair-math-v1": 1195, "pair-math-v1-multi-turn": 1593}
+
+# %% ../nbs/03d_mtbench.ipynb #d1caaf51
+def _name(kind, guided, turn): # of a prompt
     return ((f"{kind}-math-v1" if guided else {"single": "single-v1", "pair": "pair-v2"}[kind])
             + "-multi-turn" * (turn == 2))
 # answers, with references?, turn
@@ -346,6 +361,25 @@ def score(
                           n_duplicates=sum(r["model"] == model for r in rows) - len(mine))
     return out
 
+# %% ../nbs/03d_mtbench.ipynb #af527440
+def why_unofficial(
+    judgments: list[dict], # from `grade`
+    questions: list[dict], # from `load_questions`
+    prompts: dict[str, dict], # the judge's prompts, from `load_prompts`
+) -> str: # a clause; "" for MT-Bench as published
+    "Why these scores do not compare with the published ones."
+    judge = next((r["judge"][0] for r in judgments if r["judge"][0] != PUBLISHED_JUDGE), PUBLISHED_JUDGE)
+    if judge != PUBLISHED_JUDGE: return f"the judge is {judge}, published numbers are {PUBLISHED_JUDGE}'s"
+    shown = {n: [p["system_prompt"], p["prompt_template"]] for n, p in sorted(prompts.items())
+             if n in PROMPT_CHARACTERS}
+    if content_sha256(shown) != PROMPTS_SHA256: return "the judge's prompts are not the published ones"
+    graded = {}
+    for r in judgments: graded.setdefault(r["model"], {}).setdefault(r["question_id"], set()).add(r["turn"])
+    whole = [sum(i in _CATEGORY and len(turns) == 2 for i, turns in g.items()) for g in graded.values()]
+    if (n := min(whole, default=0)) < 80: return f"{n} of 80 questions"
+    asked = sorted([q["question_id"], q["category"], *q["turns"]] for q in questions)
+    return "" if content_sha256(asked) == QUESTIONS_SHA256 else "the questions are not the published ones"
+
 # %% ../nbs/03d_mtbench.ipynb #03d054
 def average_interval(
     judgments: list[dict] | str | Path, # as for `score`
@@ -369,8 +403,12 @@ _LOOKS = [("#4477aa", "-", "o"), ("#ee6677", "--", "s"), ("#228833", "-.", "^"),
           ("#ccbb44", "-", "v"), ("#66ccee", "--", "P")]
 
 # %% ../nbs/03d_mtbench.ipynb #i7495108
+def _title(text, judged_by): return f"{text}\njudged by {figure_text(judged_by)}" if judged_by else text
+
+# %% ../nbs/03d_mtbench.ipynb #14eb9d0c
 def plot_radar(
     scores: dict[str, dict], # from `score`
+    judged_by: str = "",     # for the title
 ): # a matplotlib Figure
     "Mean rating by category, a line for each model; a category without a valid row leaves a gap."
     import matplotlib.pyplot as plt
@@ -380,9 +418,9 @@ def plot_radar(
     for (model, s), (colour, line, marker) in zip(scores.items(), itertools.cycle(_LOOKS)):
         r = np.array([s["category"].get(c) for c in names], float)  # None becomes nan
         ax.plot(np.append(angles, angles[0]), np.append(r, r[0]), color=colour, ls=line, marker=marker,
-                ms=5, lw=1.8, label=model)
+                ms=5, lw=1.8, label=figure_text(model))
     ax.set_theta_zero_location("N"); ax.set_theta_direction(-1)
-    ax.set_xticks(angles, names); ax.tick_params(axis="x", pad=6)
+    ax.set_xticks(angles, map(figure_text, names)); ax.tick_params(axis="x", pad=6)
     for label, side in zip(ax.get_xticklabels(), np.sin(angles).round(3)):
         label.set_horizontalalignment("left" if side > 0 else "right" if side < 0 else "center")
     ax.set_ylim(0, 10)
@@ -390,15 +428,16 @@ def plot_radar(
     ax.tick_params(axis="y", labelsize=8, labelcolor="#666666")
     ax.set_rlabel_position(180 / max(1, len(names)))
     ax.legend(loc="center left", bbox_to_anchor=(1.35, 0.5), frameon=False)
-    ax.set_title("Mean rating by category (1 to 10)", pad=16)
+    ax.set_title(_title("Mean rating by category (1 to 10)", judged_by), pad=16)
     fig.tight_layout()
     return fig
 
 # %% ../nbs/03d_mtbench.ipynb #03d060
 def plot_turns(
     scores: dict[str, dict], # from `score`
+    judged_by: str = "",     # for the title
 ): # a matplotlib Figure
-    "Mean rating of turn 1 and turn 2, a row for each model."
+    "Mean rating of turn 1 and turn 2, a row for each model; one without a valid rating has no marks."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7, 1.3 + 0.45 * len(scores)))
     ends = np.array([[s["turn1"], s["turn2"]] for s in scores.values()], float)
@@ -406,8 +445,9 @@ def plot_turns(
     for turn, (colour, _, marker) in enumerate(_LOOKS[:2]):
         ax.scatter(ends[:, turn], range(len(scores)), color=colour, marker=marker, s=55, zorder=2,
                    label=f"turn {turn + 1}")
-    ax.set_yticks(range(len(scores)), list(scores)); ax.invert_yaxis(); ax.margins(y=0.3)
-    ax.set(xlim=(1, 10), xlabel="mean rating", title="Turn 1 against turn 2")
+    ax.set_yticks(range(len(scores)), map(figure_text, scores))
+    ax.set(xlim=(1, 10), ylim=(len(scores) - 0.4, -0.6), xlabel="mean rating",
+           title=_title("Turn 1 against turn 2", judged_by))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     fig.tight_layout()

@@ -7,119 +7,217 @@ from __future__ import annotations
 import base64, json, re, shutil
 from html import escape
 from pathlib import Path
-from .config import read_json, save_fig, write_json, write_text
+from . import evaluate
+from .config import (DollyError, escape_text, figure_text, hold_run, publish, read_json, save_fig,
+                               short_path, write_json, write_text)
 
 # %% auto #0
-__all__ = ['MODELS', 'REFERENCES', 'STYLE', 'collect', 'section_summary', 'section_dataset', 'section_implementation',
-           'section_training', 'section_evaluation', 'section_judged', 'section_hardware', 'section_speed',
-           'section_discussion', 'report_markdown', 'write_report']
+__all__ = ['WRITTEN_BY', 'MODELS', 'REFERENCES', 'STYLE', 'collect', 'section_summary', 'section_dataset',
+           'section_implementation', 'section_training', 'section_evaluation', 'section_judged', 'section_hardware',
+           'section_speed', 'section_discussion', 'report_markdown', 'write_report']
 
 # %% ../nbs/05_report.ipynb #67db016e
+WRITTEN_BY = {"recipe.json": "01_data", "data/statistics.json": "01_data", "data/tokens.json": "01_data",
+              "training_history.json": "02_train", "before_after.json": "02_train", "metrics.json": "03_eval"}
+
+def _required(folder, name):
+    if not (folder / name).exists():
+        raise DollyError(f"{short_path(folder / name)} is not there: the notebook {WRITTEN_BY[name]} writes it; "
+                         f"run that first, or `dolly-lora run PRESET`")
+    return read_json(folder / name)
+
+def _optional(folder, name): return read_json(folder / name) if (folder / name).exists() else None
+
+def _metrics(folder):
+    metrics = _optional(folder, "metrics.json")
+    if metrics and isinstance(metrics.get("judgments", {}).get("judge"), str):
+        raise DollyError(f"{short_path(folder / 'metrics.json')} was written by an older version of dolly_lora: "
+                         f"run the notebook 03_eval again")
+    return metrics
+
+# %% ../nbs/05_report.ipynb #79b28be0
+def _stages(folder): # a time alone is the form of older versions
+    stages = _optional(folder, "stages.json")
+    return stages and {name: s if isinstance(s, dict) else dict(seconds=s, parts=1, finished=True)
+                       for name, s in stages.items()}
+
+def _bench(folder):
+    path, rows = folder / "bench.jsonl", []
+    if not path.exists(): return rows
+    for n, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip(): continue
+        try: row = json.loads(line)
+        except ValueError: row = None
+        if not isinstance(row, dict):
+            raise DollyError(f"{short_path(path)}, line {n}: no JSON object; "
+                             f"delete the line, or measure again with `dolly-lora bench --json`")
+        rows.append(row)
+    return rows
+
+# %% ../nbs/05_report.ipynb #516ed863
 def collect(
-    run_dir: Path, # of a finished run; `DollyError` names the file that is missing
+    run_dir: Path, # of a run; `DollyError` when it has no recipe, data or training yet, or a damaged file
 ) -> dict: # recipe, environment, data, tokens, training, evaluation, before_after, stages, bench (RUN_DIR/bench.jsonl)
-    "Everything the report says, from the run's files."
-    run_dir, run = Path(run_dir), read_json(Path(run_dir) / "recipe.json")
-    history = read_json(run_dir / "training_history.json")
-    stages = read_json(run_dir / "stages.json") if (run_dir / "stages.json").exists() else {}
-    measured = run_dir / "bench.jsonl"
-    bench = measured.read_text(encoding="utf-8").splitlines() if measured.exists() else []
-    return dict(recipe=run["recipe"], environment=history["environment"],
-                data=read_json(run_dir / "data" / "statistics.json"),
-                tokens=read_json(run_dir / "data" / "tokens.json"),
+    "Everything the report says, from the run's files; `None` for what later stages have not written."
+    folder = Path(run_dir)
+    run, data = _required(folder, "recipe.json"), _required(folder, "data/statistics.json")
+    history = _required(folder, "training_history.json")
+    return dict(recipe=run["recipe"], environment=history["environment"], data=data,
+                tokens=_optional(folder, "data/tokens.json"),
                 training={k: history[k] for k in ("summary", "validation", "log")},
-                evaluation=read_json(run_dir / "metrics.json"),
-                before_after=read_json(run_dir / "before_after.json"),
-                stages=stages, bench=[json.loads(line) for line in bench])
+                evaluation=_metrics(folder),
+                before_after=_optional(folder, "before_after.json"),
+                stages=_stages(folder), bench=_bench(folder))
 
 # %% ../nbs/05_report.ipynb #3e6d4ef1
-_ESCAPES = {"|": "&#124;", "\n": "<br>", "*": "&#42;", "_": "&#95;", "`": "&#96;", "[": "&#91;"}
-
 def _cell(value): # text is escaped, floats get four figures
+    if value is None: return "–"
     if isinstance(value, float): return f"{value:,.4g}"
     if isinstance(value, int) and not isinstance(value, bool): return f"{value:,}"
-    return "".join(_ESCAPES.get(c, c) for c in escape(str(value)))
+    return escape_text(value)
 
 def _table(head, rows): # in Markdown
-    line = lambda cells: "| " + " | ".join(cells) + " |"
-    return "\n".join([line(map(str, head)), "|" + " --- |" * len(head),
-                      *(line(map(_cell, row)) for row in rows)])
+    line = lambda cells: "| " + " | ".join(map(_cell, cells)) + " |"
+    return "\n".join([line(head), "|" + " --- |" * len(head), *map(line, rows)])
 
-def _figure(name, caption): return f"\n\n![{caption}](figures/{name}.svg)\n\n*{caption}*\n"
+def _figure(name, caption): # `caption` is Markdown
+    return f"\n\n![{caption}](figures/{name}.svg)\n\n*{caption}*\n"
+
+def _missing(name):
+    return f"*`{name}` is not in this run: the notebook `{WRITTEN_BY[name]}` writes it.*\n"
 
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "tiny": "a random two-layer Llama",
           "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B", "random-7b": "LLaMA-2-7B's shape, random weights"}
+
+# %% ../nbs/05_report.ipynb #274760a6
+def _model(r): return escape_text(MODELS.get(r["recipe"]["base"], r["recipe"]["base"]))
+def _capital(text): return text[0].upper() + text[1:]
 def _method(r): return "QLoRA" if r["recipe"]["load_in_4bit"] and r["environment"]["gpu"] else "LoRA"
-def _source(r): return "the embedded sample" if r["data"]["source"] == "sample" else r["data"]["source"]
-def _model(r): return MODELS.get(r["recipe"]["base"], r["recipe"]["base"])
+def _data(source): return "the embedded sample" if source == "sample" else source
+def _source(r): return escape_text(_data(r["data"]["source"]))
+def _evaluated(r): return r["evaluation"] is not None and "test" in r["evaluation"]
+
+def _judges(r): # judge's name -> the numbers of its verdicts
+    return (r["evaluation"] or {}).get("judgments") or {}
+
+# %% ../nbs/05_report.ipynb #ba29ace6
+def _line_break(state, silent): # the one tag that a table's cell needs
+    if not state.src.startswith("<br>", state.pos): return False
+    if not silent: state.push("hardbreak", "br", 0)
+    state.pos += len("<br>")
+    return True
+
+def _html(markdown): # no other tag comes through
+    from markdown_it import MarkdownIt
+    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
+    reader.inline.ruler.before("autolink", "line_break", _line_break)
+    return reader.render(markdown)
 
 # %% ../nbs/05_report.ipynb #72ce69d9
+def _trained(r):
+    s, p, splits = r["training"]["summary"], r["recipe"], r["data"]["splits"]
+    return (f"{_capital(_model(r))} was tuned with {_method(r)} (rank {p['lora_r']}, "
+            f"{s['trainable_parameters']:,} trainable parameters) on {splits['train']:,} "
+            f"records of {_source(r)} for {s['epochs']:.3g} epoch{'' if s['epochs'] == 1 else 's'}, "
+            f"{s['steps']:,} steps of {p['batch_size']} examples.")
+
+def _outcome(r):
+    if not _evaluated(r): return f"What it brought has not been measured yet. {_missing('metrics.json')}"
+    base, tuned = r["evaluation"]["test"]["base"], r["evaluation"]["test"]["tuned"]
+    d = r["evaluation"]["difference"]
+    verdict = "better" if d["high"] < 0 else "worse" if d["low"] > 0 else "not measurably different"
+    return (f"On {r['data']['splits']['test']:,} held-out records the loss of the reference answers went from "
+            f"{base['loss']:.3f} to {tuned['loss']:.3f} nats a token ({d['difference']:+.3f}, "
+            f"95 % interval {d['low']:+.3f} to {d['high']:+.3f}): the tuned model is {verdict}. "
+            f"Of its test answers {tuned['finished']:.0f} % end by themselves; "
+            f"of the base model's, {base['finished']:.0f} %.")
+
+# %% ../nbs/05_report.ipynb #74b17b7e
+def _stand_in(r): # for LLaMA-2-7B
+    if "Llama-2" in r["recipe"]["base"]: return ""
+    return (f"\n\n> **The base model of this run is {_model(r)}, not LLaMA-2-7B.** "
+            "LLaMA-2's weights are gated; this is a small model "
+            "of the same architecture that can be had without an account, run through the same code. "
+            "Its quality is that of a small model. The `llama2` preset is the assignment.")
+
 def section_summary(r: dict) -> str: # `r` from `collect`; Markdown
     "What was done and what came out, in a paragraph."
-    s, e, d = r["training"]["summary"], r["evaluation"], r["evaluation"]["difference"]
-    verdict = "better" if d["high"] < 0 else "worse" if d["low"] > 0 else "not measurably different"
-    stand_in = "" if "Llama-2" in r["recipe"]["base"] else (f"\n\n> **The base model of this run "
-        f"is {_model(r)}, not LLaMA-2-7B.** LLaMA-2's weights are gated; this is a small model "
-        f"of the same architecture that can be had without an account, run through the same code. "
-        "Its quality is that of a small model. The `llama2` preset is the assignment.")
-    return (
-        f"{_model(r)[0].upper()}{_model(r)[1:]} was tuned with {_method(r)} (rank {r['recipe']['lora_r']}, "
-        f"{s['trainable_parameters']:,} trainable parameters) on {r['data']['splits']['train']:,} "
-        f"records of {_source(r)} for {s['epochs']:.3g} epoch{'' if s['epochs'] == 1 else 's'}, "
-        f"{s['steps']:,} steps of {r['recipe']['batch_size']} examples. On {r['data']['splits']['test']:,} "
-        f"held-out records the loss of the reference answers went from {e['test']['base']['loss']:.3f} "
-        f"to {e['test']['tuned']['loss']:.3f} nats a token ({d['difference']:+.3f}, "
-        f"95 % interval {d['low']:+.3f} to {d['high']:+.3f}): the tuned model is {verdict}. "
-        f"Of its test answers {e['test']['tuned']['finished']:.0f} % end by themselves; "
-        f"of the base model's, {e['test']['base']['finished']:.0f} %.{stand_in}")
+    return f"{_trained(r)} {_outcome(r)}{_stand_in(r)}"
 
 # %% ../nbs/05_report.ipynb #96ed785b
-def section_dataset(r: dict) -> str: # `r` from `collect`; Markdown
-    "What was read, cleaned, split and cut."
-    c, t, parts = r["data"]["cleaning"], r["tokens"], ("train", "val", "test")
-    names = sorted({n for p in r["data"]["categories"].values() for n in p})
-    splits = [[n, *(r["data"]["categories"][p].get(n, 0) for p in parts)] for n in names]
-    splits += [["all", *(r["data"]["splits"][p] for p in parts)]]
-    text = (
+def _cleaning(r):
+    c = r["data"]["cleaning"]
+    return (
         f"{c['read']:,} records were read from {_source(r)}. Before the split were removed: "
         f"records without a response ({c['empty_responses']}), exact duplicates ({c['exact_duplicates']}), "
         f"and repetitions but for case and white space ({c['normalised_duplicates']}). "
         f"{c['citation_marks']:,} citation marks were removed from {c['contexts_with_marks']:,} contexts. "
         f"{c['kept']:,} records remain, split by a hash of the passage, or of the instruction where there "
         f"is none (seed {r['recipe']['seed']}), stratified by category; no passage is on two sides.\n\n")
-    text += _table(["category", "train", "validation", "test"], splits)
-    text += _figure("categories", "Records by category and split.")
-    text += (f"\nExamples are cut at {r['recipe']['max_length']:,} tokens: {t['train']['cut']} "
-             f"of {t['train']['examples']:,} training examples are ({t['train']['tokens_cut']:,} "
-             f"tokens lost), {t['train']['dropped']} had a prompt that filled the limit and were dropped. "
-             f"The training split has {t['train']['tokens']:,} tokens, "
-             f"of which {t['train']['response_tokens']:,} "
-             f"({t['train']['response_tokens'] / t['train']['tokens']:.0%}) are learnt.\n")
+
+def _lengths(r):
+    t = r["tokens"]
+    if t is None: return "\n" + _missing("data/tokens.json")
+    train = t["train"]
+    text = (f"\nExamples are cut at {r['recipe']['max_length']:,} tokens: {train['cut']} "
+            f"of {train['examples']:,} training examples are ({train['tokens_cut']:,} "
+            f"tokens lost), {train['dropped']} had a prompt that filled the limit and were dropped. "
+            f"The training split has {train['tokens']:,} tokens, of which {train['response_tokens']:,} "
+            f"({train['response_tokens'] / max(1, train['tokens']):.0%}) are learnt.\n")
     caption = f"Lengths of all examples; median {t['median']}, longest {t['longest']:,} tokens."
     return text + _figure("token_lengths", caption)
 
+# %% ../nbs/05_report.ipynb #01955ee3
+def section_dataset(r: dict) -> str: # `r` from `collect`; Markdown
+    "What was read, cleaned, split and cut."
+    parts, categories = ("train", "val", "test"), r["data"]["categories"]
+    names = sorted({n for p in categories.values() for n in p})
+    splits = [[n, *(categories[p].get(n, 0) for p in parts)] for n in names]
+    splits += [["all", *(r["data"]["splits"][p] for p in parts)]]
+    table = _table(["category", "train", "validation", "test"], splits)
+    return _cleaning(r) + table + _figure("categories", "Records by category and split.") + _lengths(r)
+
 # %% ../nbs/05_report.ipynb #7f1a5477
-def section_implementation(r: dict) -> str: # `r` from `collect`; Markdown
-    "The method and its hyperparameters."
+def _settings(r): # name -> text
     p, s, gpu = r["recipe"], r["training"]["summary"], r["environment"]["gpu"]
     four = p["load_in_4bit"] and gpu
-    rows = {
-        "base model": _model(r),
+    return {
+        "base model": MODELS.get(p["base"], p["base"]),
         "base weights": "4-bit NF4 with double quantisation" if four else "full precision (no GPU, or not asked for)",
         "LoRA": f"rank {p['lora_r']}, alpha {p['lora_alpha']}, dropout {p['lora_dropout']}, "
                 "on the seven linears of every block",
         "loss": f"on the {p['train_on']}, end token included",
         "batch": f"{p['batch_size']} whole examples a step, "
                  f"in rows without padding of up to {s['token_budget']:,} tokens",
-        "optimizer": f"{p['optimizer'] if gpu else 'adamw_torch'}, peak learning rate {p['learning_rate']:g}, "
+        "optimizer": f"{_optimizer(r)}, peak learning rate {p['learning_rate']:g}, "
                      f"{p['warmup_ratio']:.0%} warm-up, cosine to zero",
         "length": f"cut at {p['max_length']} tokens",
         "checkpoints": f"every {p['eval_steps']} steps and at the end; best by validation loss",
         "memory": f"{p['memory']}: {s['memory']}",
         "seed": p["seed"]}
+
+def _optimizer(r): # the one that ran
+    wanted = r["recipe"]["optimizer"] if r["environment"]["gpu"] else "adamw_torch"
+    return r["training"]["summary"].get("optimizer") or wanted
+
+# %% ../nbs/05_report.ipynb #7dbc499c
+def _why_optimizer(r):
+    ran, n = _optimizer(r), r["training"]["summary"]["trainable_parameters"]
+    if ran == "paged_adamw_8bit": return "The optimizer is the assignment's, paged 8-bit AdamW."
+    why = "the recipe of this run asks for it"
+    if ran.startswith("adamw_torch"):
+        why = (f"its two moments of each weight stay exact in float32, {8 * n / 1e6:,.0f} MB for {n:,} weights; "
+               "8 bits round them, to save three quarters of that")
+    if not r["environment"]["gpu"]: why = "this machine has no GPU, which paged optimizers are made for"
+    return (f"The optimizer is {escape_text(ran)}: {why}. The assignment's, paged 8-bit AdamW, "
+            "is `--set optimizer=paged_adamw_8bit`.")
+
+def section_implementation(r: dict) -> str: # `r` from `collect`; Markdown
+    "The method and its hyperparameters."
     return ("The frozen base model is loaded by transformers and bitsandbytes, PEFT adds the adapters, "
             "TRL's SFTTrainer trains them. One prompt template serves training, evaluation and chat. "
-            "Validation loss is weighted by tokens, not by batches.\n\n" + _table(["", "setting"], rows.items()))
+            "Validation loss is weighted by tokens, not by batches.\n\n"
+            f"{_table(['', 'setting'], _settings(r).items())}\n\n{_why_optimizer(r)}")
 
 # %% ../nbs/05_report.ipynb #a076800b
 def section_training(r: dict) -> str: # `r` from `collect`; Markdown
@@ -137,15 +235,12 @@ def section_training(r: dict) -> str: # `r` from `collect`; Markdown
 # %% ../nbs/05_report.ipynb #3a802835
 def section_evaluation(r: dict) -> str: # `r` from `collect`; Markdown
     "Base against tuned: loss, ROUGE-L, endings, lengths, answers."
-    e = r["evaluation"]; b, t = e["test"]["base"], e["test"]["tuned"]
+    if not _evaluated(r): return _missing("metrics.json") + _before_after(r)
+    b, t = r["evaluation"]["test"]["base"], r["evaluation"]["test"]["tuned"]
     names = {"loss": "test loss (nats a token)", "perplexity": "perplexity", "rouge_l": "ROUGE-L (%)",
              "finished": "answers that end by themselves (%)",
              "mean_words": f"mean words (references: {t['mean_reference_words']:.0f})"}
-    rows = [[name, b[k], t[k]] for k, name in names.items()]
-    for key, name in ("alpaca_eval", "AlpacaEval"), ("mt_bench", "MT-Bench"):
-        of = f"{name}{'-shaped sample' if e[key]['source'] == 'sample' else ''}"
-        rows += [[f"{of} ({e[key]['prompts']} prompts, {e[key]['in_training']} of them in the training split): "
-                  "answers that end by themselves (%)", e[key]["base"]["finished"], e[key]["tuned"]["finished"]]]
+    rows = [[name, b[k], t[k]] for k, name in names.items()] + _endings(r["evaluation"])
     text = (f"Both models are the same weights with the adapter off and on. Losses are over {b['tokens']:,} "
             f"response tokens of {r['data']['splits']['test']:,} test records; {t['answers']:,} of "
             f"their prompts were answered greedily, up to {r['recipe']['max_new_tokens']} tokens.\n\n")
@@ -153,63 +248,135 @@ def section_evaluation(r: dict) -> str: # `r` from `collect`; Markdown
     text += _figure("test_loss", "Test loss by category, base and tuned.")
     return text + _figure("answer_lengths", "Length of the answers to test prompts.") + _before_after(r)
 
+def _endings(e): # rows of the table: of the answers to benchmark prompts, how many end
+    rows = []
+    for key, name in ("alpaca_eval", "AlpacaEval-style"), ("mt_bench", "MT-Bench-style"):
+        if key not in e: continue
+        b = e[key]
+        of = f"{b['prompts']} of {_data(b['source'])}, {b['in_training']} of them in the training split"
+        rows += [[f"{name} prompts ({of}): answers that end by themselves (%)",
+                  b["base"]["finished"], b["tuned"]["finished"]]]
+    return rows
+
+# %% ../nbs/05_report.ipynb #427ab7c0
 def _before_after(r):
+    text = "\n### Before and after\n\n"
+    if r["before_after"] is None: return text + _missing("before_after.json")
     cut = lambda text, whole: text if whole else text + " …"
     rows = [[x["instruction"] + (f"\n\n({x['context']})" if x["context"] else ""),
              cut(x["before"], x["before_finished"]), cut(x["after"], x["after_finished"]), x["reference"]]
             for x in r["before_after"]]
-    return (f"\n### Before and after\n\nQuestions written for this course, none of them trained on; "
+    return (f"{text}Questions written for this course, none of them trained on; "
             f"up to {min(80, r['recipe']['max_new_tokens'])} tokens each (… marks an answer that was cut off).\n\n"
             + _table(["instruction", "before", "after", "reference"], rows))
 
 # %% ../nbs/05_report.ipynb #i4351199
-def _judge(j): # in words
-    name = j["judge"].removeprefix("local ")
-    if name == j["judge"]: return f"{name}, and the prompts are not the official sets."
-    return (f"{MODELS.get(name, name)}, run locally, which reads its own probabilities for the possible verdicts. "
-            "Published AlpacaEval win rates and MT-Bench scores are GPT-4's verdicts; "
-            "nothing here can be compared with them.")
+_OFFICIAL = {"alpaca": "AlpacaEval 2", "mt_bench": "MT-Bench"}
 
-def _worth(j): # what the judge is, and what its examination says
-    c = j["check"]
-    text = "" if j["official"] else f"> **These are not leaderboard numbers.** The judge is {_judge(j)}\n\n"
+def _called(judged, kind): # only the published protocol has the published name
+    name = _OFFICIAL[kind].removesuffix(" 2")
+    return _OFFICIAL[kind] if judged["official"][kind] else f"{name}-style"
+
+def _who(judged): # what the judge is, in a sentence
+    name, endpoint = judged["judge"].removeprefix("local "), judged["origin"].get("endpoint")
+    if name != judged["judge"]:
+        model = escape_text(_capital(MODELS.get(name, name)))
+        return f"{model}, run locally. It reads its own probabilities for the possible verdicts."
+    return f"{escape_text(name)}, asked at {escape_text(endpoint or 'an endpoint')}."
+
+def _warning(judged):
+    of = {"alpaca": "The win rates are not AlpacaEval 2's", "mt_bench": "The ratings are not MT-Bench's"}
+    reasons = [f"{of[kind]}: {escape_text(why.rstrip('.'))}." for kind, why in judged["unofficial"].items()]
+    if reasons: return f"\n\n> **These are not leaderboard numbers.** {' '.join(reasons)}"
+    return "Its verdicts are AlpacaEval 2's and MT-Bench's: the published judge, prompts and sets."
+
+# %% ../nbs/05_report.ipynb #6857d49e
+def _number(value, digits=1): return "–" if value is None else f"{value:.{digits}f}"
+def _interval(low, high, digits=1):
+    return "–" if low is None else f"{low:.{digits}f} to {high:.{digits}f}"
+
+def _worth(judged): # what the examination says
+    c = judged["check"]
+    if c["win_rate"] is None:
+        return "**Can it judge?** None of its verdicts in the examination could be read."
     verdict = ("That is guessing: "
-               "**the numbers below say how the evaluation works, not how good the answers are.**")
-    if c["low"] > 50: verdict = "That is better than guessing, and not reliable."
+               "**its numbers say how the evaluation works, not how good the answers are.**")
+    if evaluate.passed(c): verdict = "That is better than guessing, and not reliable."
     if c["low"] > 90: verdict = "It tells right from wrong."
-    return text + (
+    return (
         "**Can it judge?** Shown the answer that people wrote to a test instruction and one that they wrote to "
-        f"another, it takes the right one with {c['win_rate']:.0f} % (95 % interval {c['low']:.0f} to "
-        f"{c['high']:.0f}; a coin has 50, a reader 100), and changes its verdict with the order in "
-        f"{c['consistency']['contradicted']:.0f} % of the pairs. {verdict}\n")
+        f"another, it takes the right one with {c['win_rate']:.0f} % "
+        f"(95 % interval {_interval(c['low'], c['high'], 0)}; a coin has 50, a reader 100), "
+        f"and changes its verdict with the order in {_number(c['consistency']['contradicted'], 0)} % of the pairs. {verdict}")
+
+# %% ../nbs/05_report.ipynb #d91ea24f
+def _win_rates(judges):
+    rows, habits = [], []
+    for judged in judges:
+        for pair, s in judged["alpaca"].items():
+            who, order, length = judged["judge"], s["consistency"], s["length_effect"]
+            rows += [[f"{who}, {_called(judged, 'alpaca')}", pair, _number(s["win_rate"]),
+                      _interval(s["low"], s["high"]), _number(s["length_controlled_winrate"]),
+                      s["n_total"], order["invalid"]]]
+            habits += [[who, pair, *map(_number, (order["contradicted"], order["first"],
+                        length["longer"]["win_rate"], length["shorter"]["win_rate"]))]]
+    head = ["judge", "answers", "win rate %", "95 %", "length-controlled", "pairs", "invalid"]
+    text = "\n\n### Win rates\n\nEvery pair was judged in both orders.\n\n"
+    text += f"{_table(head, rows)}\n\n{_refused(judges)}"
+    head = ["judge", "answers", "other order", "first place", "where longer", "where shorter"]
+    return (f"{text}The judges' habits on the same pairs, in percent: verdicts that change in the other order, "
+            "verdicts for the answer in the first place, and the win rate of answers that are longer "
+            f"or shorter than the other.\n\n{_table(head, habits)}")
+
+def _refused(judges): # why there is no length-controlled rate: each reason once, with its judges
+    reasons = {}
+    for judged in judges:
+        for s in judged["alpaca"].values():
+            if s.get("lc_refused"): reasons.setdefault(s["lc_refused"], {})[judged["judge"]] = True
+    lines = [f"- {escape_text(why)} ({', '.join(map(escape_text, who))})\n" for why, who in reasons.items()]
+    return f"Where no length-controlled rate stands:\n\n{''.join(lines)}\n" if lines else ""
 
 # %% ../nbs/05_report.ipynb #i7511692
-def _percent(value): return "–" if value is None else f"{value:.1f}"
+def _ratings(judges):
+    rows = [[f"{judged['judge']}, {_called(judged, 'mt_bench')}", model,
+             *(_number(s[k], 2) for k in ("turn1", "turn2", "average")),
+             _interval(*(s["interval"] or (None, None)), 2), s["n_rows"], s["n_invalid"]]
+            for judged in judges for model, s in judged["mt_bench"].items()]
+    head = ["judge", "answers of", "turn 1", "turn 2", "average", "95 %", "ratings", "invalid"]
+    return f"\n\n### Ratings\n\nFrom 1 to 10, by category and turn.\n\n{_table(head, rows)}"
 
+def _judge_figure(judged, kind, caption):
+    slug = evaluate.judge_slug(judged["judge"])
+    return _figure(f"{kind}_{slug}", f"{escape_text(judged['judge'])}: {caption}")
+
+def _introduced(judged):
+    return f"### {escape_text(judged['judge'])}\n\n{_who(judged)} {_warning(judged)}\n\n{_worth(judged)}"
+
+# %% ../nbs/05_report.ipynb #6d78cba0
 def section_judged(r: dict) -> str: # `r` from `collect`; Markdown
-    "Win rates and ratings, after what they are worth."
-    j = r["evaluation"]["judgments"]
-    pairs = [[name, _percent(s["win_rate"]), f"{s['low']:.1f} to {s['high']:.1f}",
-              _percent(s["length_controlled_winrate"]), s["n_total"], s["consistency"]["invalid"]]
-             for name, s in j["alpaca"].items()]
-    habits = [[name, *map(_percent, (s["consistency"]["contradicted"], s["consistency"]["first"],
-                                     s["length_effect"]["longer"]["win_rate"],
-                                     s["length_effect"]["shorter"]["win_rate"]))]
-              for name, s in j["alpaca"].items()]
-    rated = [[m, *(f"{s[k]:.2f}" for k in ("turn1", "turn2", "average")), "{:.2f} to {:.2f}".format(
-                *s["interval"]), s["n_rows"], s["n_invalid"]] for m, s in j["mt_bench"].items()]
-    text = _worth(j)
-    text += _figure("win_rates",
-                    "Win rates with their 95 % intervals; every pair was judged in both orders.") + "\n"
-    text += _table(["AlpacaEval", "win rate %", "95 %", "length-controlled", "pairs", "invalid"], pairs)
-    text += "\n\nThe judge's habits on the same pairs, in percent:\n\n"
-    text += _table(["", "turns with the order", "goes to the first place", "win rate where longer",
-                    "where shorter"], habits)
-    text += _figure("mtbench_radar", "MT-Bench: mean rating by category.")
-    text += _figure("mtbench_turns", "MT-Bench: turn 1 and turn 2.") + "\n"
-    return text + _table(["MT-Bench", "turn 1", "turn 2", "average", "95 %", "ratings", "invalid"], rated)
+    "Win rates and ratings of every judge, after what they are worth."
+    judges = list(_judges(r).values())
+    if not judges and r["evaluation"] is None: return f"No judge has read the answers. {_missing('metrics.json')}"
+    if not judges: return "No judge has read the answers: `dolly-lora judge` asks one."
+    text = "\n\n".join(map(_introduced, judges)) + _win_rates(judges)
+    for judged in judges:
+        title = f"{_called(judged, 'alpaca')} win rates with their 95 % intervals."
+        text += _judge_figure(judged, "win_rates", title)
+    text += _ratings(judges)
+    for judged in judges:
+        called = _called(judged, "mt_bench")
+        text += _judge_figure(judged, "mtbench_radar", f"{called}, mean rating by category.")
+        text += _judge_figure(judged, "mtbench_turns", f"{called}, turn 1 and turn 2.")
+    return text
 
 # %% ../nbs/05_report.ipynb #e7006d1e
+def _stage_rows(r):
+    for name, s in (r["stages"] or {}).items():
+        if name == "05_report": continue  # it is writing this
+        parts = f", in {s['parts']} parts" if s["parts"] > 1 else ""
+        ended = "" if s["finished"] else ", did not finish"
+        yield [f"stage {name}", f"{s['seconds'] / 60:.1f} min{parts}{ended}"]
+
 def section_hardware(r: dict) -> str: # `r` from `collect`; Markdown
     "Where it ran, how long, how fast, in which versions."
     s, env = r["training"]["summary"], r["environment"]
@@ -218,23 +385,31 @@ def section_hardware(r: dict) -> str: # `r` from `collect`; Markdown
             ["training, steps only", f"{s['train_seconds'] / 60:.1f} min"],
             ["a step", f"{s['seconds_per_step']:.3f} s"],
             ["speed, without padding", f"{s['real_tokens_per_second']:,.0f} tokens/s"],
-            [f"peak memory ({'GPU' if env['gpu'] else 'process'})", f"{s['peak_memory_gib']:.1f} GiB"]]
-    rows += [[f"stage {n}", f"{t / 60:.1f} min"] for n, t in r["stages"].items() if n != "05_report"]
-    versions = ", ".join(f"{n} {v}" for n, v in env["packages"].items())
-    commit = f"; commit {env['commit'][:12]}" if env["commit"] else ""
-    return f"{_table(['', ''], rows)}\n\nPython {env['python']}; {versions}{commit}."
+            [f"peak memory ({'GPU' if env['gpu'] else 'process'})",
+             f"{s['peak_memory_gib']:.1f} GiB" if s["peak_memory_gib"] else "not known"], *_stage_rows(r)]
+    versions = escape_text(", ".join(f"{n} {v}" for n, v in env["packages"].items()))
+    commit = f"; commit {escape_text(_commit(env['commit']))}" if env["commit"] else ""
+    times = "" if r["stages"] else (" *`stages.json` is not in this run: `dolly-lora run` "
+                                    "writes the times of the stages there.*")
+    return f"{_table(['', ''], rows)}\n\nPython {env['python']}; {versions}{commit}.{times}"
+
+def _commit(commit): # twelve digits, and whether the files were changed since
+    digits, _, changes = commit.partition(" ")
+    return f"{digits[:12]} {changes}".strip()
 
 # %% ../nbs/05_report.ipynb #i4501469
 def _gib(value): return f"{value:.1f}" if value else ""
 
 def _one_base(base, rows): # the ways to do a step, measured on one base model
     best, first = min(rows, key=lambda b: b["s_per_step"]), rows[0]
-    text = (f"\n### {first['model']}: a step of {first.get('batch_size', 16)} examples, several ways\n\n"
+    best_name, first_name = escape_text(best["name"]), escape_text(first["name"])
+    model, device = escape_text(first["model"]), escape_text(first["device"])
+    text = (f"\n### {model}: a step of {first.get('batch_size', 16)} examples, several ways\n\n"
             f"All on the same records ({first['tokens_per_step']:,.0f} real tokens a step) and the same "
-            f"{first['device']}, in one run; "
+            f"{device}, in one run; "
             f"its large matrix products reach {first['matrix_tflops']:.0f} TFLOP/s, "
-            f"at which the arithmetic of a step takes {first['floor_s']:.3f} s. `{best['name']}` "
-            f"is {first['s_per_step'] / best['s_per_step']:.1f} times as fast as `{first['name']}`.\n\n")
+            f"at which the arithmetic of a step takes {first['floor_s']:.3f} s. “{best_name}” "
+            f"is {first['s_per_step'] / best['s_per_step']:.1f} times as fast as “{first_name}”.\n\n")
     table = [[b["name"], f"{b['s_per_step']:.3f}", round(b["tok_per_s"]), _gib(b["peak_gib"]),
               f"{b['model_flops_utilisation']:.0%}", f"{b['full_recipe_min']:.1f} min"] for b in rows]
     text += _table(["", "s a step", "real tokens/s", "peak GiB", "utilisation", "full recipe"], table)
@@ -245,10 +420,11 @@ def _one_base(base, rows): # the ways to do a step, measured on one base model
 # %% ../nbs/05_report.ipynb #i4501413
 def _answers(rows): # the ways to write the same answers
     first = rows[0]
+    model, device = escape_text(first["model"]), escape_text(first["device"])
     table = [[b["name"], b["slots"], f"{b['seconds']:.2f}", round(b["tok_per_s"]), _gib(b["peak_gib"])]
              for b in rows]
-    return (f"\n### {first['model']}: writing {first['prompts']} answers of {first['new_tokens']} "
-            f"tokens\n\nThe same prompts on the same {first['device']}, bf16, in one run; "
+    return (f"\n### {model}: writing {first['prompts']} answers of {first['new_tokens']} "
+            f"tokens\n\nThe same prompts on the same {device}, bf16, in one run; "
             f"reading the weights and the cache takes {first['floor_s']:.2f} s at the card's rate.\n\n"
             + _table(["", "prompts at a time", "seconds", "new tokens/s", "peak GiB"], table))
 
@@ -264,69 +440,119 @@ def section_speed(r: dict) -> str: # `r` from `collect`; Markdown
     "Padding, the way a step was computed, and the ablation if it was measured."
     s, written = r["training"]["summary"], [b for b in r["bench"] if "new_tokens" in b]
     text = (f"Padded four by four, a step would have computed {s['padding']:.2f} positions for each "
-            f"real token; rows without padding compute one. Engine: {s['engine']}; {s['memory']}.")
+            f"real token; rows without padding compute one. "
+            f"Engine: {escape_text(s['engine'])}; {escape_text(s['memory'])}.")
     if s["graphs"]:
         text += (
             f" {s['graphs']} lengths of rows were recorded as CUDA graphs in {s['graph_seconds']:.0f} s.")
+    if not r["bench"]:
+        text += " Other ways to compute a step were not measured beside this run (`02d_bench` shows how)."
     text += "\n" + _figure("padding", "What padding would have cost.")
     text += "".join(_one_base(base, rows) for base, rows in _steps(r).items())
     return text + (_answers(written) if written else "")
 
 # %% ../nbs/05_report.ipynb #fd6d3ea8
-def _changes(e): # sentences on what improved, and on what did not
-    b, t, d = e["test"]["base"], e["test"]["tuned"], e["difference"]
-    gain = {c: v["base"] - v["tuned"] for c, v in e["by_category"].items()}
+def _side(low, high, even): # of an interval: above (1), below (-1) or around (0) the value of no change
+    return 1 if low > even else -1 if high < even else 0
+
+def _sign(change): return (change > 0) - (change < 0)
+
+def _loss(e): # (1 better, -1 worse, 0 open; a sentence)
+    d, by_category = e["difference"], e["by_category"]
+    side = -_side(d["low"], d["high"], 0)
+    gain = {c: v["base"] - v["tuned"] for c, v in by_category.items()}
     best, least = max(gain, key=gain.get), min(gain, key=gain.get)
-    zero = "excludes" if d["high"] < 0 or d["low"] > 0 else "includes"
+    return side, (
+        f"The loss on held-out references changed by {d['difference']:+.3f} nats a token (its 95 % interval "
+        f"{'excludes' if side else 'includes'} zero); most in {escape_text(best)} ({-gain[best]:+.3f}), "
+        f"least in {escape_text(least)} ({-gain[least]:+.3f}).")
+
+def _counted(e): # the same for what needs no judge
+    b, t = e["test"]["base"], e["test"]["tuned"]
     off = {n: abs(m["mean_words"] - m["mean_reference_words"]) for n, m in (("base", b), ("tuned", t))}
-    said = [
-        (d["high"] < 0,
-         f"The loss on held-out references changed by {d['difference']:+.3f} nats a token (its 95 % interval "
-         f"{zero} zero); most in {best} ({-gain[best]:+.3f}), least in {least} ({-gain[least]:+.3f})."),
-        (t["finished"] > b["finished"],
-         f"{t['finished']:.0f} % of the tuned model's answers end by themselves, "
-         f"{b['finished']:.0f} % of the base model's."),
-        (t["rouge_l"] > b["rouge_l"], f"ROUGE-L went from {b['rouge_l']:.1f} to {t['rouge_l']:.1f} %."),
-        (off["tuned"] < off["base"],
-         f"Answers have {t['mean_words']:.0f} words on average after {b['mean_words']:.0f}; "
-         f"the references have {t['mean_reference_words']:.0f}.")]
-    return [text for good, text in said if good], [text for good, text in said if not good]
+    yield _loss(e)
+    yield _sign(t["finished"] - b["finished"]), (
+        f"{t['finished']:.0f} % of the tuned model's answers end by themselves, "
+        f"{b['finished']:.0f} % of the base model's.")
+    yield _sign(t["rouge_l"] - b["rouge_l"]), f"ROUGE-L went from {b['rouge_l']:.1f} to {t['rouge_l']:.1f} %."
+    yield _sign(off["base"] - off["tuned"]), (
+        f"Answers have {t['mean_words']:.0f} words on average after {b['mean_words']:.0f}; "
+        f"the references have {t['mean_reference_words']:.0f}.")
+
+# %% ../nbs/05_report.ipynb #bbbb2f92
+def _preferred(judged): # what a judge says of the tuned model's answers beside the base model's
+    s = judged["alpaca"].get("tuned against base")
+    if s is None or s["low"] is None: return
+    yield _side(s["low"], s["high"], 50), (
+        f"Judged by {escape_text(judged['judge'])}, the tuned model's answers win {s['win_rate']:.1f} % "
+        f"against the base model's (95 % interval {_interval(s['low'], s['high'])}; 50 is a draw).")
+
+def _rated(judged): # the same for its ratings
+    rates = {name.rpartition("-")[2]: s for name, s in judged["mt_bench"].items()}
+    base, tuned = rates.get("base"), rates.get("tuned")
+    if not base or not tuned or not base["interval"] or not tuned["interval"]: return
+    (low, high), (even_low, even_high) = tuned["interval"], base["interval"]
+    side = 1 if low > even_high else -1 if high < even_low else 0
+    yield side, (
+        f"Rated by {escape_text(judged['judge'])}, the tuned model's answers get {tuned['average']:.2f} "
+        f"(95 % interval {_interval(low, high, 2)}), the base model's {base['average']:.2f} "
+        f"({_interval(even_low, even_high, 2)}){'' if side else '; the intervals overlap'}.")
+
+# %% ../nbs/05_report.ipynb #1ae1535a
+def _changes(r): # (1 better, -1 worse, 0 open; a sentence)
+    if _evaluated(r): yield from _counted(r["evaluation"])
+    for judged in _judges(r).values():
+        if evaluate.passed(judged["check"]):
+            yield from _preferred(judged)
+            yield from _rated(judged)
+
+def _left_out(r): # the judges that failed
+    failed = [j for j in _judges(r).values() if not evaluate.passed(j["check"])]
+    if not failed: return ""
+    names = [f"{escape_text(j['judge'])}: {_number(j['check']['win_rate'], 0)} %" for j in failed]
+    who, its = ("1 judge", "its") if len(failed) == 1 else (f"{len(failed)} judges", "their")
+    return (f"{who} did not pass {its} examination; {its} verdicts are left out here "
+            f"({'; '.join(names)} right, where a coin has 50 %).\n\n")
 
 # %% ../nbs/05_report.ipynb #fd6d3e18
 def _limits(r):
-    p, judged = r["recipe"], r["evaluation"]["judgments"]
-    judge = "a local model" if judged["judge"].startswith("local") else judged["judge"]
-    rated = "" if judged["official"] else (
-        f" The judge was {judge}; its win rates and ratings compare with no published ones.")
-    yield f"One run with one seed ({p['seed']}); the interval above covers the choice of test records only."
+    p = r["recipe"]
+    yield f"One run with one seed ({p['seed']}); intervals cover the choice of test records and prompts only."
     yield "Loss and ROUGE-L compare with one reference answer; a good answer in other words scores badly."
-    yield f"No human has rated the answers.{rated}"
+    yield "No human has rated the answers."
+    for judged in _judges(r).values():
+        of = {"alpaca": "win rates", "mt_bench": "ratings"}
+        numbers = " and ".join(of[kind] for kind in judged["unofficial"])
+        if numbers: yield f"The {numbers} by {escape_text(judged['judge'])} compare with no published ones."
     if "Llama-2" not in p["base"]:
-        name = _model(r); name = name[0].upper() + name[1:]
-        yield f"{name} stands in for LLaMA-2-7B: its numbers say nothing about the larger model's."
+        yield f"{_capital(_model(r))} stands in for LLaMA-2-7B: its numbers say nothing about the larger model's."
     if p["base"] == "smollm2":
         yield ("The base model is an *Instruct* model, tuned before in another template: "
                "part of the gain is learning this one.")
     if p["alpaca"] == "sample":
         yield "The benchmark-shaped prompts are the course's own few, not the official sets."
 
-# %% ../nbs/05_report.ipynb #i7679241
 def _next(r):
-    if not r["evaluation"]["judgments"]["official"]:
+    if not any(all(judged["official"].values()) for judged in _judges(r).values()):
         yield ("Let the judge of the published tables read the answers: "
                "`dolly-lora judge --judge gpt-4-1106-preview`.")
     yield "Repeat with three seeds, to put an interval on training itself."
     if "Llama-2" not in r["recipe"]["base"]: yield "Run the `llama2` preset where its weights may be used."
 
+# %% ../nbs/05_report.ipynb #i7679241
 def section_discussion(r: dict) -> str: # `r` from `collect`; Markdown
     "Sentences that follow from the numbers."
     def bullets(lines): return "".join(f"- {x}\n" for x in lines) or "- Nothing that was measured.\n"
-    s, (better, worse) = r["training"]["summary"], _changes(r["evaluation"])
+    s, changes = r["training"]["summary"], list(_changes(r))
+    text = "" if _evaluated(r) else f"What changed is not known. {_missing('metrics.json')}\n"
+    if changes:
+        for side, title in (1, "What improved"), (-1, "What did not"), (0, "What is open"):
+            lines = [line for place, line in changes if place == side]
+            if lines or side: text += f"**{title}**\n\n{bullets(lines)}\n"
     late = ("the best checkpoint is the last: more steps might help" if s["best_step"] == s["steps"] else
             f"the best checkpoint is not the last ({s['best_step']:,} of {s['steps']:,}): "
             "longer training on these data did not help")
-    return (f"**What improved**\n\n{bullets(better)}\n**What did not**\n\n"
-            f"{bullets(worse)}\nIn training, {late}.\n\n"
+    return (f"{text}{_left_out(r)}In training, {late}.\n\n"
             f"**Limitations**\n\n{bullets(_limits(r))}\n**Future work**\n\n{bullets(_next(r))}")
 
 # %% ../nbs/05_report.ipynb #i8616548
@@ -379,16 +605,17 @@ def report_markdown(
             f"## References\n\n{REFERENCES}")
 
 # %% ../nbs/05_report.ipynb #86ec61fb
+def _shown(html): return re.findall(r'<img src="figures/([^"]+)\.svg"', html)  # names of figures
+
 def _image(svg): # its text alternative stands beside it
-    if not svg.exists(): return "<em>(figure not in this run)</em>"
-    alt = escape(svg.with_suffix(".txt").read_text(encoding="utf-8").strip(), quote=True)
+    if not svg.exists(): return f"<em>(the figure {escape(svg.stem)} is not in this run)</em>"
+    words = svg.with_suffix(".txt")
+    alt = escape(words.read_text(encoding="utf-8").strip() if words.exists() else svg.stem, quote=True)
     return (
         f'<img alt="{alt}" src="data:image/svg+xml;base64,{base64.b64encode(svg.read_bytes()).decode()}">')
 
-def _page(markdown, figures): # one file that needs no other
-    from markdown_it import MarkdownIt
-    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)
-    html = re.sub(r'<img src="figures/([\w.]+)"[^>]*>', lambda m: _image(figures / m[1]), html)
+def _page(html, figures): # one file that needs no other
+    html = re.sub(r'<img src="figures/([^"]+)"[^>]*>', lambda m: _image(figures / m[1]), html)
     name = lambda head: head.lower().replace(" ", "-")
     heads, title = re.findall(r"<h2>(.*?)</h2>", html), re.search(r"<h1>(.*?)</h1>", html)[1]
     html = re.sub(r"<h2>(.*?)</h2>", lambda m: f'<h2 id="{name(m[1])}">{m[1]}</h2>', html)
@@ -397,20 +624,40 @@ def _page(markdown, figures): # one file that needs no other
             f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
             f'<style>{STYLE}</style></head>\n<body>{nav}{html}</body></html>\n')
 
-# %% ../nbs/05_report.ipynb #i2052177
-def write_report(
-    run_dir: Path,    # of a finished run
-    report_dir: Path, # gets report.html, results.json and figures/
-) -> Path: # of report.html
-    "Write the report of a run: one self-contained page, its figures, and every number in it."
-    r, run_dir, report_dir = collect(run_dir), Path(run_dir), Path(report_dir)
+# %% ../nbs/05_report.ipynb #2c0129f6
+def _draw(r, run_dir): # the figures that are functions of the results
+    for judged in _judges(r).values(): evaluate.save_judge_figures(judged, run_dir)
     for base, rows in _steps(r).items():
         from dolly_lora.kernels import plot_ablation
         ways = "; ".join(f"{b['name']} {b['s_per_step']:.3f}" for b in rows)
-        save_fig(plot_ablation(rows), run_dir, _ablation(base), f"Seconds a step, "
+        labelled = [b | {k: figure_text(b[k]) for k in ("name", "model", "device")} for b in rows]
+        save_fig(plot_ablation(labelled), run_dir, _ablation(base), f"Seconds a step, "
                  f"by what the card does: {ways}. The arithmetic alone: {rows[0]['floor_s']:.3f}.")
-    write_text(report_dir / "report.html", _page(report_markdown(r), run_dir / "figures"))
-    if (run_dir / "figures").exists():
-        shutil.copytree(run_dir / "figures", report_dir / "figures", dirs_exist_ok=True)
-    write_json(report_dir / "results.json", r)
+
+_FORMS = "svg", "png", "txt"  # of a figure, from `save_fig`
+
+def _copy_figures(names, source, target): # what else an earlier report left there goes
+    if target.parent.joinpath("results.json").exists():
+        for old in set(target.glob("*.svg")) - {target / f"{name}.svg" for name in names}:
+            trio = [old.with_suffix(f".{form}") for form in _FORMS]
+            if all(path.exists() for path in trio):
+                for path in trio: path.unlink()
+    for path in (source / f"{name}.{form}" for name in names for form in _FORMS):
+        if path.exists():
+            with publish(target / path.name) as part: shutil.copyfile(path, part)
+
+# %% ../nbs/05_report.ipynb #i2052177
+def write_report(
+    run_dir: Path,    # of a run that has data and training at least; `DollyError` names what is missing
+    report_dir: Path, # gets report.html, results.json and figures/
+) -> Path: # of report.html
+    "Write the report of a run: one self-contained page, its figures, and every number in it."
+    run_dir, report_dir = Path(run_dir), Path(report_dir)
+    with hold_run(run_dir):
+        r = collect(run_dir)
+        _draw(r, run_dir)
+        html = _html(report_markdown(r))
+        _copy_figures(_shown(html), run_dir / "figures", report_dir / "figures")
+        write_text(report_dir / "report.html", _page(html, run_dir / "figures"))
+        write_json(report_dir / "results.json", r)
     return report_dir / "report.html"

@@ -289,7 +289,8 @@ def plan_memory(
     "What fits."
     c, width = model.get_base_model().config, model.get_base_model().lm_head.weight.element_size()
     d, ff, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
-    kv = c.num_key_value_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    q, kv = c.num_attention_heads * size, c.num_key_value_heads * size
     rest, by_hand = dict(examples=recipe.batch_size, longest=recipe.max_length), fits_llama(model)
     if model.device.type == "cpu" and free is None:  # unquantised: nothing to keep twice
         return Plan(by_hand, recipe.memory == "frugal", max(1024, recipe.max_length), **rest)
@@ -299,8 +300,8 @@ def plan_memory(
     plain = model.device.type == "cuda" and operations(model.device).name == "PyTorch"
     if not by_hand or plain: free = free // 2
     room = 0.9 * free - 16 * sum(p.numel() for p in model.parameters() if p.requires_grad) - 2**30
-    block = (2 * d * d + 2 * d * kv + 3 * d * ff) * width
-    token = (layers * (6 * d + 2 * kv + 3 * ff) + 2 * c.vocab_size) * width
+    block = (2 * d * q + 2 * d * kv + 3 * d * ff) * width
+    token = (layers * (4 * d + 2 * q + 2 * kv + 3 * ff) + 2 * c.vocab_size) * width
     for keep in (True, False) if by_hand else (False,):
         budget = int((room - block * (layers if keep else 1)) // token)
         if recipe.memory != "frugal" and budget >= min(2 * recipe.max_length, 6144):

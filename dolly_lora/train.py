@@ -4,22 +4,23 @@
 
 # %% ../nbs/02_train.ipynb #d0e8f560
 from __future__ import annotations
-import gc, math, os, resource, shutil, time, zipfile
+import contextlib, errno, gc, json, math, os, re, shutil, sys, time, zipfile
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from dataclasses import replace
 from pathlib import Path
-from .config import (ConfigError, DollyError, Recipe, environment, read_json, start_run,
-                               write_json, write_text)
+from .config import (ConfigError, DollyError, Recipe, environment, escape_text, hold_run,
+                               read_json, short_path, start_run, write_json, write_text)
 import torch, transformers
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from .data import encode_split, prepare_data
 from .packing import pack, padding_cost, share_out
 from .step import make_engine
-from .models import add_lora, compute_dtype, load_base, load_tokenizer
+from .models import add_lora, check_base, compute_dtype, load_base, load_tokenizer
 
 # %% auto #0
 __all__ = ['DollyTrainer', 'collate', 'Progress', 'training_arguments', 'last_checkpoint', 'summarise', 'model_card', 'train',
@@ -91,11 +92,18 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         done = [r for r in state.log_history if "train_s" in r]
         self.step_s = done[-1]["train_s"] if done else 0.0
+        if not state.global_step: return
+        before = state.best_global_step
+        _keep_best(state, Path(args.output_dir))
+        if before != state.best_global_step:
+            self.log(f"warning: checkpoint-{before}, the best so far, is missing or damaged: "
+                     f"the best is now that of step {state.best_global_step}")
 
     def on_step_begin(self, args, state, control, **kwargs): self.since = self.since or time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs): # the clock stands still while we log, validate and save
         if state.global_step >= state.max_steps: control.should_evaluate = control.should_save = True
+        if control.should_save: control.should_log = True  # a resumed run averages from here, so this one does, too
         if not (control.should_log or control.should_evaluate or control.should_save): return
         if torch.cuda.is_available(): torch.cuda.synchronize()
         self.step_s, self.since = self.step_s + time.perf_counter() - self.since, None
@@ -113,17 +121,23 @@ class Progress(TrainerCallback):
 # %% ../nbs/02_train.ipynb #5bfff712
 def _clock(seconds): return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
+# %% ../nbs/02_train.ipynb #f8bf3adf
+class _Arguments(SFTConfig): # the Trainer would spread a model over all cards it sees (DataParallel)
+    "One process, one card."
+    @property
+    def n_gpu(self): return min(1, super().n_gpu)
+
 # %% ../nbs/02_train.ipynb #00594cab
 def training_arguments(
     recipe: Recipe,  # the hyperparameters
     run_dir: Path,   # checkpoints go to RUN_DIR/checkpoints
     resuming: bool,  # a resumed run has already been validated at its start
-) -> SFTConfig:
+) -> SFTConfig: # for one card, however many there are
     "The recipe as TRL's arguments."
     dtype, cuda, world = compute_dtype(), torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     if recipe.batch_size % world:
         raise ConfigError(f"batch_size={recipe.batch_size} cannot be shared by {world} processes: choose a multiple")
-    return SFTConfig(
+    return _Arguments(
         output_dir=str(Path(run_dir) / "checkpoints"),
         num_train_epochs=recipe.epochs, max_steps=recipe.max_steps or -1,
         per_device_train_batch_size=recipe.batch_size // world, per_device_eval_batch_size=64,
@@ -141,25 +155,55 @@ def training_arguments(
         dataloader_pin_memory=cuda, report_to="none", disable_tqdm=True, log_level="error", use_cpu=not cuda)
 
 # %% ../nbs/02_train.ipynb #32f2dbca
-def _whole(folder):
-    "Can every file of a checkpoint be read to its end?"
-    try:
-        with safe_open(folder / "adapter_model.safetensors", "pt") as f:
-            sizes = [f.get_slice(k).get_shape() for k in f.keys()]
-        names = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
-        if (folder / "scaler.pt").exists(): names.append("scaler.pt")  # fp16 alone has one
-        archives = [zipfile.ZipFile(folder / n).testzip() for n in names]
-        return (bool(sizes) and not any(archives)
-                and bool(read_json(folder / "trainer_state.json")["log_history"]))
-    except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile): return False
+def _read_tensors(path):
+    with safe_open(path, "pt") as f: sizes = [f.get_slice(name).get_shape() for name in f.keys()]
+    if not sizes: raise ValueError("no tensors")
+
+def _read_archive(path):
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip(): raise ValueError("a wrong checksum")
+    with safe_globals(): torch.load(path, map_location="cpu", weights_only=True)
+
+def _read_state(path):
+    state = TrainerState.load_from_json(str(path))
+    if f"checkpoint-{state.global_step}" != path.parent.name: raise ValueError("another step's state")
+    numbers = [(r["step"], r.get("eval_loss", 0.0)) for r in state.log_history]
+    if not numbers or not all(isinstance(s, int) and isinstance(l, float) for s, l in numbers):
+        raise ValueError("no history")
+
+# %% ../nbs/02_train.ipynb #6dd54c90
+def _damage(folder): # what is wrong with a checkpoint, or None
+    foreign = [p.name for p in folder.glob("*.bin") if p.name != "training_args.bin"]  # which nothing reads
+    if foreign: return f"{foreign[0]} is not of this course"
+    names = ["optimizer.pt", "scheduler.pt"] + [n for n in ["scaler.pt"] if (folder / n).exists()]  # fp16's
+    # one state of the random numbers for each process
+    names += [p.name for p in folder.glob("rng_state_*.pth")] or ["rng_state.pth"]
+    readers = {"adapter_model.safetensors": _read_tensors, "trainer_state.json": _read_state}
+    for name in [*readers, *names]:
+        if not (folder / name).exists(): return f"{name} is missing"
+        try: readers.get(name, _read_archive)(folder / name)
+        except Exception as e:  # a torn file leads to a dozen kinds
+            return f"{name} cannot be read ({type(e).__name__})"
 
 def last_checkpoint(
     run_dir: Path, # of the run
+    log=lambda line: None, # gets a line for every checkpoint that is passed over
 ) -> Path | None:  # the newest whole checkpoint
     "Where to resume; a damaged checkpoint is passed over."
-    folders = sorted((Path(run_dir) / "checkpoints").glob("checkpoint-*"),
-                     key=lambda p: -int(p.name.split("-")[1]))
-    return next((f for f in folders if _whole(f)), None)
+    folders = [p for p in (Path(run_dir) / "checkpoints").glob("checkpoint-*") if p.name[11:].isdecimal()]
+    for folder in sorted(folders, key=lambda p: -int(p.name[11:])):
+        why = _damage(folder)
+        if why is None: return folder
+        log(f"warning: {folder.name} is passed over: {why}")
+
+# %% ../nbs/02_train.ipynb #0a4e50a4
+def _keep_best(state, folder): # in a TrainerState: the best checkpoint inside `folder`
+    losses = {r["step"]: r["eval_loss"] for r in state.log_history
+              if r["step"] and math.isfinite(r.get("eval_loss", math.nan))}
+    whole = [step for step in losses if not _damage(folder / f"checkpoint-{step}")]
+    best = min(whole, key=losses.get, default=None)
+    state.best_global_step, state.best_metric = best, losses.get(best)
+    state.best_model_checkpoint = str(folder / f"checkpoint-{best}") if best else None
 
 # %% ../nbs/02_train.ipynb #564bc165
 def summarise(
@@ -173,8 +217,7 @@ def summarise(
     log = [pick(r, ("step", "epoch", "loss", "learning_rate", "grad_norm", "train_s"))
            for r in rows if "loss" in r]
     validation = [pick(r, ("step", "epoch", "eval_loss", "train_s")) for r in rows if "eval_loss" in r]
-    after = (r for r in validation if r["step"] > 0 and math.isfinite(r["eval_loss"]))
-    best = min(after, key=lambda r: r["eval_loss"], default=validation[-1])
+    best = next((r for r in validation if r["step"] == trainer.state.best_global_step), validation[-1])
     seconds, steps = rows[-1]["train_s"], trainer.state.global_step
     tokens = counts["tokens"] * trainer.state.epoch
     summary = dict(steps=steps, epochs=trainer.state.epoch, train_seconds=seconds,
@@ -192,13 +235,13 @@ def model_card(
     "Says what the adapter is, how to load it, and under which licences."
     s = history["summary"]
     return f"""---
-base_model: {recipe.base}
+base_model: {json.dumps(recipe.base)}
 library_name: peft
 ---
 
 # LoRA adapter, {recipe.preset} preset of dolly_lora
 
-Trained on {recipe.dataset} for {s["epochs"]:g} epochs ({s["steps"]} steps of {recipe.batch_size} examples),
+Trained on {escape_text(recipe.dataset)} for {s["epochs"]:g} epochs ({s["steps"]} steps of {recipe.batch_size} examples),
 rank {recipe.lora_r}, alpha {recipe.lora_alpha}, seed {recipe.seed}.
 Validation loss {s["first_validation_loss"]:.4f} before, {s["best_validation_loss"]:.4f} at step {s["best_step"]},
 whose weights these are.
@@ -214,25 +257,50 @@ def train(
     recipe: Recipe, # what to do
     run_dir: Path,  # where: adapter/, checkpoints/, training_history.json
     log=print,      # gets the live lines
-) -> dict: # the training history, see `summarise`
+) -> dict: # the training history, see `summarise`; `DollyError` for a full disk, bad data, a base that cannot be had
     "Train adapters by the recipe, from the last whole checkpoint if there is one."
     start_run(recipe, run_dir)
     path = Path(run_dir) / "training_history.json"
     if path.exists() and (Path(run_dir) / "adapter" / "README.md").exists(): return read_json(path)
-    tokenizer, splits = load_tokenizer(recipe), prepare_data(recipe, run_dir)
-    data = {name: encode_split(splits[name], tokenizer, recipe) for name in ("train", "val")}
-    for name, (rows, _) in data.items():
-        if not len(rows):
-            raise DollyError(f"no {name} example has room for a response within {recipe.max_length} tokens: "
-                             "set a larger max_length")
-    trainer, facts = _fit_somehow(recipe, run_dir, tokenizer, data, log)
-    lengths = [len(i) for i in data["train"][0]["input_ids"]]
-    history = summarise(trainer, data["train"][1], facts | dict(padding=padding_cost(lengths, 4)))
-    trainer.save_model(str(Path(run_dir) / "adapter"))
-    write_json(path, history)
-    write_text(Path(run_dir) / "adapter" / "README.md", model_card(recipe, history))  # last: the run is complete
+    with hold_run(run_dir), _told_when_full(run_dir):
+        check_base(recipe)
+        tokenizer, splits = load_tokenizer(recipe), prepare_data(recipe, run_dir)
+        data = {name: encode_split(splits[name], tokenizer, recipe) for name in ("train", "val")}
+        for name, (rows, _) in data.items():
+            if not len(rows):
+                raise DollyError(f"no {name} example has room for a response within {recipe.max_length} tokens: "
+                                 "set a larger max_length")
+        trainer, facts = _fit_somehow(recipe, run_dir, tokenizer, data, log)
+        lengths = [len(i) for i in data["train"][0]["input_ids"]]
+        history = summarise(trainer, data["train"][1], facts | dict(padding=padding_cost(lengths, 4)))
+        if trainer.args.should_save: write_json(path, history)
+        _write_adapter(trainer, run_dir, model_card(recipe, history))
     del trainer; gc.collect(); torch.cuda.empty_cache()
     return history
+
+# %% ../nbs/02_train.ipynb #47ef64b0
+def _write_adapter(trainer, run_dir, card): # whole or not at all
+    folder, part = Path(run_dir) / "adapter", Path(run_dir) / "adapter.part"
+    try:
+        if trainer.args.should_save: shutil.rmtree(part, ignore_errors=True)  # of a process that died
+        trainer.save_model(str(part))
+        if not trainer.args.should_save: return  # the first of several processes writes
+        (part / "training_args.bin").unlink(missing_ok=True)  # a pickle
+        write_text(part / "README.md", card)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    finally:
+        if trainer.args.should_save: shutil.rmtree(part, ignore_errors=True)
+
+@contextlib.contextmanager
+def _told_when_full(run_dir):
+    try: yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        full = getattr(e, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+        words = "No space left|Disk quota|os error 28|PytorchStreamWriter failed|unexpected pos"
+        if not full and not re.search(words, str(e)): raise
+        raise DollyError(f"the disk is full: what {short_path(run_dir)} had before is whole; make room, then "
+                         f"run the same again, it goes on from the last checkpoint") from None
 
 # %% ../nbs/02_train.ipynb #i9956253
 def _fit_somehow(recipe, run_dir, tokenizer, data, log): # the trainer and facts, in as much memory as there is
@@ -255,12 +323,12 @@ def _fit_somehow(recipe, run_dir, tokenizer, data, log): # the trainer and facts
 # %% ../nbs/02_train.ipynb #f99b9192
 def _fit(recipe, run_dir, tokenizer, data, log, shrink):
     "One attempt: build model and trainer, resume or start, train to the end."
-    resume = last_checkpoint(run_dir)
-    _check_disk(run_dir)
+    resume = last_checkpoint(run_dir, log)
     model = add_lora(load_base(recipe), recipe)
+    # three checkpoints (weights and two moments) and the adapter, four bytes a number
+    _check_disk(run_dir, 40 * sum(p.numel() for p in model.parameters() if p.requires_grad))
     model.config.use_cache = False
     args = training_arguments(recipe, run_dir, resume is not None)
-    if "LOCAL_RANK" not in os.environ and args.n_gpu > 1: args._n_gpu = 1  # one process, one card
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     trainer = DollyTrainer(model=model, args=args, processing_class=tokenizer, callbacks=[Progress(log)],
                            train_dataset=data["train"][0], eval_dataset=data["val"][0],
@@ -274,26 +342,44 @@ def _fit(recipe, run_dir, tokenizer, data, log, shrink):
     log(f"{type(engine).__name__}, "
         f"attention {'over whole rows (varlen)' if engine.varlen else 'example by example (sdpa)'}")
     if resume: log(f"resuming from {resume.name}")
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return trainer, _facts(engine, model, resume)
+    if not (resume and _restore_finished(trainer, resume)):
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer, _facts(trainer, resume)
+
+# %% ../nbs/02_train.ipynb #2dc5f293
+def _restore_finished(trainer, checkpoint): # of a last step: its history and the best weights; else False
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < state.max_steps: return False
+    _keep_best(state, checkpoint.parent)
+    trainer.state = state
+    trainer.model.load_adapter(state.best_model_checkpoint or str(checkpoint), "default")
+    return True
 
 # %% ../nbs/02_train.ipynb #f99b9117
-def _facts(engine, model, resume): # what the history says besides the curves
-    cuda, graphs = torch.cuda.is_available(), getattr(engine, "graphs", None)
-    peak = (torch.cuda.max_memory_allocated() if cuda
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    return dict(peak_memory_gib=peak / 2**30,
-                trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+def _peak_memory(): # bytes
+    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
+    try: import resource
+    except ImportError:  # Windows
+        import psutil
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+def _facts(trainer, resume): # what the history says besides the curves
+    engine = trainer.engine
+    graphs = getattr(engine, "graphs", None)
+    return dict(peak_memory_gib=_peak_memory() / 2**30, optimizer=trainer.args.optim.value,
+                trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
                 resumed_from=resume and int(resume.name.split("-")[1]), engine=type(engine).__name__,
                 memory=str(engine.plan), token_budget=engine.plan.token_budget,
                 graphs=len(graphs.graphs) if graphs else 0, graph_seconds=graphs.seconds if graphs else 0.0)
 
-def _check_disk(run_dir, need=2 * 2**30):
+# %% ../nbs/02_train.ipynb #a3fb96c7
+def _check_disk(run_dir, need): # `DollyError` when there are less than `need` bytes
     free = shutil.disk_usage(run_dir).free
     if free < need:
-        raise DollyError(f"only {free / 2**30:.1f} GiB free for {Path(run_dir).name}: "
-                         f"a run's checkpoints want {need / 2**30:.0f} GiB; "
-                         "free some or give another run_dir")
+        raise DollyError(f"only {free / 2**20:,.0f} MiB free for {short_path(run_dir)}: checkpoints and adapter "
+                         f"want {need / 2**20:,.0f} MiB; make room or give another run_dir")
 
 # %% ../nbs/02_train.ipynb #60a1e007
 def plot_history(

@@ -91,10 +91,44 @@ def test_refused_with_a_reason(annotations, both):
     assert part["n_total"] == 101 and 1 < part["length_controlled_winrate"] < 15
 
 
-@pytest.mark.parametrize("rows, why", [([], "without `instruction`"), ([dict(instruction="a")], "without `output_1`"), ("nowhere.json", "cannot read nowhere.json")])
+@pytest.mark.parametrize("rows, why", [([], "without `instruction`"), ([dict(instruction="a")], "without `output_1`"), ("nowhere.json", "cannot read nowhere.json"), ([1, 2], "without `instruction`"), ([dict(instruction="a"), 5], "without `instruction`"),
+                                       ([dict(instruction="a", output_1="b", output_2="c", generator_1="d", generator_2="e", preference=p) for p in ("1.5x", [1], None, 10**400, {}, float("inf"))], "none of 6")])
 def test_bad_annotations_give_one_line(rows, why):
     with pytest.raises(DataError, match=why) as e: alpaca.score(rows)
     assert "\n" not in str(e.value)
+
+
+def test_length_control_with_another_judge_is_refused_and_the_published_one_s_is_not(annotations, both):
+    there = alpaca.score(annotations, **both)
+    assert {r["annotator"] for r in annotations} == {"weighted_alpaca_eval_gpt4_turbo"} and there["length_controlled_winrate"] is not None
+    plain = [{k: v for k, v in r.items() if k != "annotator"} for r in annotations]
+    for rows in plain, [dict(r, annotator="gpt-4-1106-preview") for r in annotations]: assert alpaca.score(rows, **both) == there
+    for rows in [dict(r, annotator="qwen-7b") for r in annotations], [dict(annotations[0], annotator="local tiny"), *annotations[1:]]:
+        result = alpaca.score(rows, **both)
+        assert result["length_controlled_winrate"] is None and "the judge is" in result["lc_refused"] and "gpt-4-1106-preview" in result["lc_refused"] and result["win_rate"] == there["win_rate"]
+
+
+def test_difficulties_that_are_not_the_published_ones_are_rejected(data, tmp_path, monkeypatch):
+    values = pd.read_csv(data / "instruction_difficulty.csv")
+    def given(table, gamed="97aeec3f"):
+        table.to_csv(tmp_path / "d.csv", index=False)
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name, repo_type: str(tmp_path / "d.csv"))
+        monkeypatch.setattr(alpaca, "file_sha256", lambda path: gamed + "0" * 56)
+        return alpaca.length_control_files()
+    assert given(values) == (str(tmp_path / "d.csv"),) * 2 and given(values.sample(frac=1, random_state=0))
+    near = values.assign(instruction_difficulty=values.instruction_difficulty + np.random.default_rng(0).uniform(-5e-8, 5e-8, 805))
+    assert given(near)
+    swapped = values.assign(instruction_difficulty=values.instruction_difficulty.to_numpy()[[1, 0, *range(2, 805)]])
+    one_off = values.assign(instruction_difficulty=values.instruction_difficulty + 0.01 * (values["index"] == 700))
+    for wrong in values[1:], values * 1.001, swapped, one_off, values.assign(instruction_difficulty=np.nan), values.assign(instruction_difficulty="x"), values.drop(columns="index"), values.assign(index=0):
+        with pytest.raises(DataError) as e: given(wrong)
+        assert "\n" not in str(e.value)
+    with pytest.raises(DataError, match="df_gamed.csv .* is not the file"): given(values, "deadbeef")
+
+
+def test_a_bootstrap_without_a_valid_row_is_none(annotations):
+    none = [dict(r, preference=None) for r in annotations[:5]]
+    assert alpaca.bootstrap(none) == dict(win_rate=None, low=None, high=None) and {v["pairs"] for v in alpaca.length_effect(none).values()} == {0}
 
 
 def test_two_models_at_once_are_not_mixed(annotations):
@@ -118,6 +152,11 @@ def test_official_order_and_files(data, tmp_path):
     for text, why in (("{", "not JSON"), ("{}", "list of objects"), ('[{"instruction": 3}]', "entry 1: no text under `instruction`")):
         plain.write_text(text)
         with pytest.raises(DataError, match=why): alpaca.load_instructions(plain)
+    for text, why in ("[" * 100_000, "not JSON that can be read"), ("[" + "9" * 5000 + "]", "not JSON that can be read"), ('[{"instruction": "half \\ud83d"}]', "entry 1: no text under `instruction`"):
+        plain.write_text(text)
+        with pytest.raises(DataError, match=why): alpaca.load_instructions(plain)
+    (tmp_path / "b.json.xz").write_bytes(lzma.compress(b"[]" * 1000)[:40])
+    with pytest.raises(DataError, match="ending"): alpaca.load_instructions(tmp_path / "b.json.xz")
     (tmp_path / "a.json.xz").write_bytes(b"no xz")
     with pytest.raises(DataError, match="ending"): alpaca.load_instructions(tmp_path / "a.json.xz")
 
@@ -144,6 +183,11 @@ def test_official_prompt_and_replies(data, tmp_path):
     (tmp_path / "x.txt").write_text("no prompt")
     with pytest.raises(DataError, match="not a judge prompt"): alpaca.judge_prompt(tmp_path / "x.txt")
     with pytest.raises(DataError, match="no file at"): alpaca.judge_prompt(tmp_path / "y.txt")
+
+
+@pytest.mark.parametrize("logprobs, p", [({"A": float("nan"), "B": -0.1}, 1.0), ({"A": float("-inf"), "B": -0.1}, 1.0), ({"A": float("inf"), "B": float("nan")}, None), ({"A": -3000.0, "B": 0.0}, 1.0)])
+def test_odds_that_are_no_numbers_decide_nothing(logprobs, p):
+    assert alpaca.second_is_better(Reply(logprobs=logprobs), ("A", "B")) == p
 
 
 def random_judge(question):

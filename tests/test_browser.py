@@ -1,4 +1,4 @@
-"""The chat and the five numbered notebooks, in a real JupyterLab, driven as a person drives it: Debian's chromium under Playwright."""
+"""The chat, the five numbered notebooks and the report in a real browser, driven as a person drives it: Debian's chromium under Playwright."""
 import json
 import os
 import re
@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, cli
 
-CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine: apt-get install chromium")
+try: from playwright import sync_api
+except ImportError: sync_api = None
+CHROMIUM = next((p for p in map(shutil.which, (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")) if p), None)
+LEFT_OUT = "left out: what needs a browser (the chat, the notebooks in JupyterLab, hostile texts in notebooks and report)"
 
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 SERVER = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0", "--IdentityProvider.token=T", "--LabApp.news_url=None",
           "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.expose_app_in_browser=True"]
+
+HOSTILE = ["""<img src=x onerror="window.owned=1">""", "</div></div><script>window.owned=1</script>", "the price is $x$ or $$y^2$$", "[a](javascript:window.owned=1)"]
 
 CHAT = r'''
 import time
@@ -60,8 +63,20 @@ def notebook(*sources):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """A JupyterLab over a temporary folder and a browser: (folder, `open_` that shows a notebook and runs all its cells)."""
+def chromium(tmp_path_factory):
+    """A browser of its own, without the machine's settings."""
+    if sync_api is None: pytest.skip(f"{LEFT_OUT}; playwright is not installed: pip install playwright")
+    if not CHROMIUM: pytest.skip(f"{LEFT_OUT}; no chromium here: apt-get install chromium, or set CHROMIUM to the path of a Chrome")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch_persistent_context(str(tmp_path_factory.mktemp("chromium")), executable_path=CHROMIUM, headless=True, args=FLAGS, viewport=dict(width=1280, height=1000))
+        browser.set_default_timeout(30_000)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def lab(chromium, tmp_path_factory):
+    """A JupyterLab over a temporary folder: (folder, `open_` that shows a notebook and, unless told otherwise, runs all its cells)."""
     folder, home = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("jupyter")
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(home / "ipython")}
@@ -76,21 +91,24 @@ def lab(tmp_path_factory):
         while True:
             try: urllib.request.urlopen(f"{url}/api?token=T", timeout=5); break
             except OSError: assert time.time() < deadline and server.poll() is None, (home / "log").read_text()[-3000:]; time.sleep(0.2)
-        with sync_api.sync_playwright() as playwright:
-            browser = playwright.chromium.launch_persistent_context(str(home / "chromium"), executable_path=CHROMIUM, headless=True, args=FLAGS, viewport=dict(width=1280, height=1000))
-            browser.set_default_timeout(30_000)
-            yield folder, lambda name: run_all(browser.new_page(), f"{url}/lab/tree/{name}?token=T&reset")
-            browser.close()
+        yield folder, lambda name, run=True: (run_all if run else show)(chromium.new_page(), f"{url}/lab/tree/{name}?token=T&reset")
     finally:
         server.terminate()
         try: server.wait(20)
         except subprocess.TimeoutExpired: server.kill()
 
 
-def run_all(page, url, seconds=240):
-    """Open a notebook, Run → Run All Cells, wait until the kernel has done them."""
+def show(page, url):
+    """Open a notebook with the outputs it has."""
     page.goto(url)
     page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.context", timeout=60_000)
+    page.evaluate("async () => { const w = jupyterapp.shell.currentWidget; await w.context.ready; await w.revealed }")
+    return page
+
+
+def run_all(page, url, seconds=240):
+    """Open a notebook, Run → Run All Cells, wait until the kernel has done them."""
+    show(page, url)
     page.evaluate("async () => { const w = jupyterapp.shell.currentWidget; await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info }")
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
@@ -203,7 +221,7 @@ def test_turns_stand_in_their_order_and_the_end_stays_in_view(chat):
     if folder := os.environ.get("DOLLY_LORA_SCREENSHOTS"): chat.locator(".dl-chat").screenshot(path=Path(folder) / "chat.png")
 
 
-@pytest.mark.parametrize("text", ["""<img src=x onerror="window.owned=1">""", "</div></div><script>window.owned=1</script>", "the price is $x$ or $$y^2$$", "[a](javascript:window.owned=1)"])
+@pytest.mark.parametrize("text", HOSTILE)
 def test_everything_is_shown_as_it_was_written(chat, text):
     ask(chat, text)
     assert text in chat.locator(".dl-page .dl-user").inner_text()
@@ -256,3 +274,72 @@ def screenshot(page, path):
     time.sleep(1)
     page.screenshot(path=path)
     page.set_viewport_size(dict(width=1280, height=1000))
+
+
+# Hostile texts
+
+@pytest.fixture(scope="module")
+def hostile_run(chromium, tmp_path_factory):
+    """A run in which records, categories, answers, base model and judge are named by somebody who means harm: (its folder, the process)."""
+    from tokenizers import Regex, decoders
+    from dolly_lora.models import tiny_model, tiny_tokenizer
+    folder = tmp_path_factory.mktemp("hostile")
+    base, tokenizer = folder / HOSTILE[0], tiny_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(Regex(r"[\s\S]+"), " ".join(HOSTILE))])   # whatever the model says
+    tiny_model().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    rows = [dict(instruction=f"<eos> {text} {i}", context=text if i % 2 else "", response=f"{text} {i}", category=text) for text in HOSTILE for i in range(12)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "run", cli("run", "tiny", "--run-dir", folder / "run", "--dataset", folder / "data.jsonl", "--set", f"base={base}", f"judge=local:{base}")
+
+
+def harmless(page):
+    """Nothing of a text has become part of the page."""
+    assert page.evaluate("window.owned") is None
+    assert page.evaluate("""() => [...document.querySelectorAll("img[src='x'], [onerror], a[href^='javascript']")].map(e => e.outerHTML)""") == []
+    assert page.evaluate("""() => [...document.querySelectorAll('script')].filter(e => e.textContent.trim() === 'window.owned=1').length""") == 0
+
+
+def test_a_hostile_run_ends(hostile_run):
+    run, done = hostile_run
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", [*FIGURES, "report"])
+def test_hostile_texts_are_shown_and_do_nothing(chromium, hostile_run, name, tmp_path):
+    """Executed notebooks as nbconvert writes them, which trusts every output, and the report."""
+    from nbconvert import HTMLExporter
+    path = hostile_run[0] / "report/report.html"
+    if name != "report":
+        path = tmp_path / f"{name}.html"
+        path.write_text(HTMLExporter().from_filename(str(hostile_run[0] / f"notebooks/{name}.ipynb"))[0])
+    page = chromium.new_page()
+    page.route(re.compile("^https?:"), lambda route: route.abort())          # the page's own scripts (MathJax) lie elsewhere
+    dialogs = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    page.goto(path.as_uri(), wait_until="load")
+    page.wait_for_timeout(300)
+    harmless(page)
+    shown = page.locator("body").inner_text()
+    assert dialogs == [] and [text for text in HOSTILE if text not in shown] == []
+    if name == "03_eval": assert "<eos>" in shown                            # in a test record
+    page.close()
+
+
+@pytest.mark.parametrize("name", ["01_data", "02_train", "03_eval", "05_report"])
+def test_hostile_texts_in_jupyterlab(lab, hostile_run, name):
+    """The same notebooks where MathJax typesets what looks like a formula."""
+    folder, open_ = lab
+    shutil.copy(hostile_run[0] / f"notebooks/{name}.ipynb", folder / f"hostile_{name}.ipynb")
+    page = open_(f"hostile_{name}.ipynb", run=False)
+    page.locator(".jp-OutputArea-output").first.wait_for()
+    page.wait_for_timeout(1500)                                              # to typeset
+    harmless(page)
+    assert page.locator(".jp-OutputArea-output mjx-container, .jp-OutputArea-output .MathJax").all_inner_texts() == []
+    close(page)
+
+
+def test_left_out_tests_say_what_and_why_and_how_to_have_them(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "CHROMIUM"} | {"PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", __file__, "-k", "hostile"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and LEFT_OUT in done.stdout and "apt-get install chromium" in done.stdout and "CHROMIUM" in done.stdout, done.stdout

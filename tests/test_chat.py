@@ -83,6 +83,17 @@ def test_base_of_a_comparison_is_the_model_without_any_adapter(model, tokenizer)
     assert model.get_model_status().enabled is True and plain_ids(model, tokenizer, "Name a prime.", 12) == tuned
 
 
+def test_an_answer_is_that_of_generate_whatever_way_it_comes(model, tokenizer):
+    from dolly_lora.data import build_prompt
+    from dolly_lora.generate import generate
+    settings = dict(seed=42, temperature=0.0, top_p=1.0, max_new_tokens=12, system="")
+    (expected,) = generate(model, tokenizer, [build_prompt("Name a colour.")], 12)
+    from dolly_lora.chat import Turn, stream_answer
+    turn = Turn("Name a colour.", "tuned", settings)
+    *_, last = stream_answer(model, tokenizer, build_prompt(turn.question), turn, threading.Event())
+    assert turn.answer == last == expected.text and len(turn.ids) == expected.n_tokens
+
+
 def test_both_of_a_comparison_get_the_same_history_and_seed(model, tokenizer):
     talk = chat(model, tokenizer, temperature=0.9, seed=7)
     talk.ask("Hello")
@@ -251,7 +262,7 @@ def test_save_says_how_it_was_made(model, tokenizer, tmp_path):
     text = talk.save(tmp_path / "a.md").read_text(encoding="utf-8")
     assert all(s in text for s in ("- model: tiny", "- adapter: runs/tiny/adapter", "seed 42", "temperature 0.5", "top_p 0.9", "max_new_tokens 12", "system Be brief.", "## Base", "## Tuned", "Hé?"))
     assert ".jsonl or .md" in refused(lambda: talk.save(tmp_path / "a.txt"))
-    (tmp_path / "file").write_text(""); assert "cannot save" in refused(lambda: talk.save(tmp_path / "file/a.md"))
+    (tmp_path / "file").write_text(""); assert "cannot write" in refused(lambda: talk.save(tmp_path / "file/a.md"))
 
 
 @pytest.fixture()

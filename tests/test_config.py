@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 
@@ -120,9 +121,10 @@ def test_foreign_text_is_shown_as_it_is(text):
 def test_a_name_with_dollars_is_no_formula(tmp_path):
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots()
-    ax.set_title(figure_text(r"$\frac$ & <b>"))
+    ax.set_title(figure_text("$\\frac$ & <b> \x01"))
     save_fig(fig, tmp_path, "odd", "a title that is no formula")
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"odd.png", "odd.svg", "odd.txt"}
+    ElementTree.parse(tmp_path / "figures/odd.svg")
 
 
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path):

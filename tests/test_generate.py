@@ -4,18 +4,24 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 
 from conftest import ROOT
-from dolly_lora.config import PRESETS, sample_path
+from dolly_lora.config import PRESETS, DollyError, sample_path
 from dolly_lora.data import build_prompt
-from dolly_lora.generate import Rows, attend_cached, generate
+from dolly_lora.generate import Rows, attend_cached, generate, weights_fingerprint
 from dolly_lora.models import add_lora, load_base, load_tokenizer, tiny_model
+
+try:
+    from hypothesis import given, settings, strategies as st
+except ImportError: st = None
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8, reason="no GPU of compute capability 8.0")
 PROMPTS = [build_prompt(r["instruction"]) for r in json.loads(sample_path("alpaca_sample.json").read_text())] + [build_prompt(f"Count to {n}.") for n in range(24)]
@@ -104,6 +110,96 @@ def test_what_an_answer_depends_on_is_in_its_key(tmp_path):
     for how, more in (dict(), 0), (dict(seed=7), 0), (dict(batch_size=1), 0), (dict(max_new_tokens=5), 2), (dict(temperature=1.0), 2), (dict(temperature=1.0, seed=7), 2), (dict(made_with=dict(model="b")), 2):
         before = len(rows().rows); ask(**how)
         assert len(rows().rows) - before == more, how
+
+
+# The file of answers
+
+def test_a_second_writer_is_noticed_and_loses_nothing(tmp_path):
+    """Issue 10: two processes on one file, and 101 of 102 rows were gone."""
+    path = tmp_path / "a.jsonl"
+    Rows(path).add("first", dict(n=0))
+    with open(path, "a") as f: f.write('{"key": "torn')
+    one, other = Rows(path), Rows(path)
+    for n in range(100): one.add(f"one {n}", dict(n=n))
+    with pytest.raises(DollyError, match="a.jsonl was changed by another process") as e: other.add("other", dict(n=1))
+    assert "\n" not in str(e.value) and len(Rows(path).rows) == 101
+    again = Rows(path); again.add("other", dict(n=1))
+    with pytest.raises(DollyError, match="changed by another"): one.add("late", {})
+    assert len(Rows(path).rows) == 102
+    path.write_text("")                                                     # or somebody emptied it
+    with pytest.raises(DollyError, match="changed by another"): again.add("more", {})
+
+
+FULL = """
+import resource, signal, sys
+from dolly_lora.config import DollyError
+from dolly_lora.generate import Rows
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+rows, n = Rows(sys.argv[1]), 0
+try:
+    for n in range(100): rows.add(f"key {n}", dict(text="x" * 900))
+except DollyError as e: print(n, e)
+try: rows.add("small", {}); print("small fits")
+except DollyError as e: print(e)
+"""
+
+
+def test_a_row_that_does_not_fit_on_the_disk_is_taken_back(tmp_path):
+    """A limit on the file's size stands in for a full disk: the write is cut in the middle of a row."""
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path / "a.jsonl"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    n, message = done.stdout.split("\n")[0].split(" ", 1)
+    assert message.startswith("cannot write") and "make room" in message and done.stdout.split("\n")[1] == "small fits", done.stdout + done.stderr
+    assert list(Rows(tmp_path / "a.jsonl").rows) == [f"key {i}" for i in range(int(n))] + ["small"] and (tmp_path / "a.jsonl").read_bytes().endswith(b"\n")
+
+
+TEXTS = st.text(st.characters(exclude_categories=[])) if st else None       # lone surrogates among them
+
+
+@pytest.mark.skipif(st is None, reason="hypothesis is not installed")
+def test_any_text_comes_back_from_the_file():
+    @settings(max_examples=200, deadline=None)
+    @given(st.dictionaries(TEXTS, st.dictionaries(TEXTS.filter(lambda k: k != "key"), TEXTS, max_size=3), max_size=4), st.binary(max_size=20).filter(lambda b: b"\n" not in b))
+    def comes_back(rows, torn):
+        with tempfile.TemporaryDirectory() as d:
+            path = Path(d) / "a.jsonl"
+            for k, v in rows.items(): Rows(path).add(k, v)
+            with open(path, "ab") as f: f.write(torn)
+            assert Rows(path).rows == rows
+            Rows(path).add("last", dict(text="\u2028 \x0c \ud83d"))
+            assert Rows(path).rows == rows | dict(last=dict(text="\u2028 \x0c \ud83d"))
+    comes_back()
+
+
+@pytest.mark.skipif(st is None, reason="hypothesis is not installed")
+def test_any_bytes_are_rows_or_one_line_that_names_the_file():
+    @settings(max_examples=300, deadline=None)
+    @given(st.one_of(st.binary(), st.lists(st.sampled_from([b'{"key": "a"}', b'{"key": []}', b"[]", b"1", b"null", b"{", b"\xff", b'{"a": 1}', b"[" * 5000, b"9" * 5000])).map(b"\n".join)))
+    def is_read(data):
+        with tempfile.TemporaryDirectory() as d:
+            (Path(d) / "a.jsonl").write_bytes(data)
+            try: Rows(Path(d) / "a.jsonl")
+            except DollyError as e: assert "a.jsonl line" in str(e) and "\n" not in str(e)
+    is_read()
+
+
+def test_a_row_without_an_answer_is_asked_again(tmp_path):
+    model, rows = tiny_model().eval(), lambda: Rows(tmp_path / "a.jsonl")
+    ask = lambda: generate(model, TOKENIZER, PROMPTS[:1], 4, rows=rows())
+    answer, key = ask(), list(rows().rows)[0]
+    for bad in dict(), dict(text=None, n_tokens=1, finished=True), dict(text="a"), dict(text="a", n_tokens="b", finished=True), dict(other=1):
+        (tmp_path / "a.jsonl").unlink(); rows().add(key, bad)
+        assert ask() == answer
+
+
+def test_a_folder_s_fingerprint_is_its_contents(tmp_path):
+    folder = tmp_path / "base"; folder.mkdir()
+    recipe, seen = replace(PRESETS["tiny"], base=str(folder)), set()
+    for name, data in ("model.safetensors", b"one"), ("model.safetensors", b"two"), ("config.json", b"{}"), ("tokenizer.json", b"{}"), ("tokenizer.model", b"x"):
+        (folder / name).write_bytes(data); seen.add(weights_fingerprint(recipe))
+    (folder / "README.md").write_text("no part of it")
+    assert len(seen) == 5 and weights_fingerprint(recipe) in seen
+    assert [weights_fingerprint(PRESETS[p]) for p in ("tiny", "smollm2", "llama2")] == ["tiny", "smollm2", PRESETS["llama2"].revision]
 
 
 @needs_gpu

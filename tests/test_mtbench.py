@@ -133,7 +133,8 @@ def test_corrected_references_answer_the_official_wording(pinned):
     assert [i for i in raw if raw[i] != corrected[i]] == [101, 113] and raw.keys() == corrected.keys()
 
 
-@pytest.mark.parametrize("text, line", [('{"question_id": 1, "category": "math", "turns": ["a"]}', 1), ("\n[]", 2), ("{", 1)])
+@pytest.mark.parametrize("text, line", [('{"question_id": 1, "category": "math", "turns": ["a"]}', 1), ("\n[]", 2), ("\n[1]", 2), ("{", 1), ("[" * 100_000, 1), ('{"question_id": ' + "9" * 5000 + "}", 1),
+                                        ('{"question_id": 1, "category": "math", "turns": "ab"}', 1), ('{"question_id": 1, "category": "math", "turns": ["half \\ud83d", "b"]}', 1)])
 def test_bad_question_line(tmp_path, text, line):
     (tmp_path / "q.jsonl").write_text(text)
     with pytest.raises(DollyError, match=f"q.jsonl line {line}: expected an object with question_id"):
@@ -143,6 +144,30 @@ def test_bad_question_line(tmp_path, text, line):
 def test_a_line_separator_inside_a_text_splits_no_line(tmp_path):
     dump(tmp_path / "q.jsonl", [dict(question_id=1, category="writing", turns=["one\u2028line", "two"])])
     assert load_questions(str(tmp_path / "q.jsonl"))[0]["turns"][0] == "one\u2028line"
+
+
+def test_gpt_references_are_read_as_fastchat_writes_them(tmp_path):
+    dump(tmp_path / "gpt.jsonl", [dict(question_id=101, choices=[dict(index=0, turns=["one", "two"])])])
+    assert load_references(str(tmp_path / "gpt.jsonl")) == {101: ["one", "two"]}
+
+
+def test_a_truncated_archive_or_a_folder_is_named(tmp_path):
+    (tmp_path / "q.jsonl.xz").write_bytes(lzma.compress(b'{"question_id": 1}' * 1000)[:60])
+    for source in tmp_path / "q.jsonl.xz", tmp_path:
+        with pytest.raises(DollyError, match="cannot be read"): load_questions(str(source))
+
+
+# Figures
+
+def test_figures_of_models_without_a_rating_and_with_names_that_are_formulas():
+    import matplotlib.pyplot as plt
+    none = dict(turn1=None, turn2=None, average=None, category=dict(writing=None, math=None))
+    some = dict(turn1=5.0, turn2=None, average=5.0, category=dict(writing=5.0, math=None))
+    for scores in {"m": none}, {"m": none, r"$\frac{$": some}, {"$a$": some}:
+        for plot in mtbench.plot_radar, mtbench.plot_turns:
+            fig = plot(scores, "a $\\judge{$")
+            fig.canvas.draw()
+            assert "judged by a " in fig.axes[0].get_title(); plt.close(fig)
 
 
 # Answers
@@ -190,7 +215,7 @@ def test_replies_that_hold_no_rating_are_invalid_and_counted(tmp_path):
     judgments = grade(official(lambda q: next(replies)), questions, answers, tmp_path / "r.jsonl", load_references("sample"), prompts, log=lines.append)
     s = score(judgments, questions)["m"]
     assert [r["score"] for r in judgments] == [-1, -1, -1, -1, -1, 9] and (s["n_invalid"], s["average"]) == (5, 9)
-    assert judgments[2]["judgment"] == "$ERROR$ 429" and any("5 of 6 replies are invalid, 1 of them errors" in line for line in lines)
+    assert judgments[2]["judgment"] == "$ERROR$ 429" and any("5 of 6 replies are invalid, 2 of them errors" in line for line in lines)  # the empty one, too
 
 
 @pytest.mark.parametrize("reply, value", [
