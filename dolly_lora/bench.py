@@ -4,16 +4,16 @@
 
 # %% ../nbs/02d_bench.ipynb #02d002
 from __future__ import annotations
-import gc, re, tempfile, time
+import gc, itertools, re, tempfile, time
 from types import SimpleNamespace
 import numpy as np
 from dataclasses import replace
-from .config import ConfigError, DollyError, Recipe, _suggest
+from .config import ConfigError, DollyError, Recipe, _suggest, read_json, sample_path
 import torch
 from transformers import PrinterCallback, TrainerCallback
-from .data import build_prompt, clean, encode_split, load_dolly, split
+from .data import DOLLY, build_prompt, clean, encode_split, load_dolly, split
 from .generate import _decode, _plain
-from .models import add_lora, compute_dtype, load_base, load_tokenizer
+from .models import add_lora, compute_dtype, load_base, load_tokenizer, tiny_tokenizer
 from .packing import PackedModel
 from .report import MODELS
 from .step import FlatParameters, FusedLlama, Plan, make_engine, plan_memory
@@ -72,6 +72,12 @@ def _engine(way, model, recipe):
     return make_engine(model, replace(recipe, memory=way))
 
 # %% ../nbs/02d_bench.ipynb #i1776350
+def _by_lengths(recipe): # random weights on Dolly need no text: the lengths decide what a step costs
+    return recipe.base == "random-7b" and recipe.dataset == DOLLY["id"]
+
+def _tokenizer(recipe): # the trainer's, which pads
+    return tiny_tokenizer() if _by_lengths(recipe) else load_tokenizer(recipe)
+
 def _stock_trainer(recipe, args, data):
     if recipe.batch_size % 4:
         raise ConfigError(f"batch_size={recipe.batch_size}: the stock way takes four examples at a time, "
@@ -85,7 +91,7 @@ def _stock_trainer(recipe, args, data):
                    gradient_checkpointing=True, gradient_checkpointing_kwargs=plain,
                    bf16=compute_dtype() == torch.bfloat16,
                    optim="paged_adamw_8bit" if torch.cuda.is_available() else args.optim)
-    return SFTTrainer(model=add_lora(base, recipe), args=args, processing_class=load_tokenizer(recipe),
+    return SFTTrainer(model=add_lora(base, recipe), args=args, processing_class=_tokenizer(recipe),
                       train_dataset=data)
 
 # %% ../nbs/02d_bench.ipynb #i1776313
@@ -95,7 +101,7 @@ def _trainer(way, recipe, folder, data):
                    eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
     if way == "stock": return _stock_trainer(recipe, args, data)
     trainer = DollyTrainer(model=add_lora(load_base(recipe), recipe), args=args, train_dataset=data,
-                           processing_class=load_tokenizer(recipe),
+                           processing_class=_tokenizer(recipe),
                            data_collator=lambda e: collate(e, trainer.engine.plan.token_budget))
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
@@ -192,7 +198,17 @@ def measure(
                 graph_s=graphs.seconds if graphs else 0.0, gpu_s=_gpu_seconds(clock.profiler, share))
 
 # %% ../nbs/02d_bench.ipynb #02d018
+def _made_up(lengths, max_length): # random tokens: examples of (prompt, response) tokens
+    from datasets import Dataset
+    rng = np.random.default_rng(0)
+    token_ids = [rng.integers(3, 32_000, p + r).tolist()[:max_length] for p, r in lengths]
+    labels = [([-100] * p + ids[p:])[:max_length] for (p, _), ids in zip(lengths, token_ids)]
+    return Dataset.from_dict(dict(input_ids=token_ids, labels=labels))
+
 def _bench_data(recipe, steps): # encoded training examples in a fixed random order, a whole number of steps
+    if _by_lengths(recipe):
+        known = itertools.cycle(read_json(sample_path("bench_lengths.json"))["examples"])
+        return _made_up(list(itertools.islice(known, steps * recipe.batch_size)), recipe.max_length)
     tokenizer = load_tokenizer(recipe)
     rows = split(clean(load_dolly(recipe.dataset))[0], recipe)["train"]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))
@@ -261,6 +277,15 @@ def _time_answers(way, slots, model, tokenizer, encoded, new_tokens): # seconds,
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
     return seconds, sum(map(len, out.values())), peak
 
+# %% ../nbs/02d_bench.ipynb #089bcb68
+def _bench_prompts(recipe, tokenizer, n): # token ids of the first n prompts of the training split
+    if _by_lengths(recipe):
+        known = read_json(sample_path("bench_lengths.json"))["prompts"][:n]
+        return _made_up([(p, 0) for p in known], recipe.max_length)["input_ids"]
+    rows = split(clean(load_dolly(recipe.dataset))[0], recipe)["train"]
+    texts = [build_prompt(r["instruction"], r["context"]) for r in rows[:2 * n]]
+    return [ids for ids in tokenizer(texts).input_ids if len(ids) <= recipe.max_length][:n]
+
 # %% ../nbs/02d_bench.ipynb #i9712277
 def bench_generate(
     recipe: Recipe,         # base, dataset, seed
@@ -270,10 +295,8 @@ def bench_generate(
 ) -> list[dict]: # name, base, model, device, slots, prompts, prompt_tokens, new_tokens, seconds and those below
     """Write the same answers with transformers and with the decoder. Also returned: `tok_per_s` (new tokens),
     `peak_gib` (None on a CPU), `floor_s` (reading weights and cache alone, at `memory_rate`)."""
-    model, tokenizer = load_base(replace(recipe, load_in_4bit=False)), load_tokenizer(recipe)
-    rows = split(clean(load_dolly(recipe.dataset))[0], recipe)["train"]
-    texts = [build_prompt(r["instruction"], r["context"]) for r in rows[:2 * prompts]]
-    encoded = [ids for ids in tokenizer(texts).input_ids if len(ids) <= recipe.max_length][:prompts]
+    model, tokenizer = load_base(replace(recipe, load_in_4bit=False)), _tokenizer(recipe)
+    encoded = _bench_prompts(recipe, tokenizer, prompts)
     endless = SimpleNamespace(eos_token_id=model.config.vocab_size, pad_token_id=tokenizer.pad_token_id,
                               pad=tokenizer.pad)
     on_gpu, lengths, table = torch.cuda.is_available(), [len(e) for e in encoded], []

@@ -4,11 +4,13 @@
 
 # %% ../nbs/06_cli.ipynb #27cfb78f
 from __future__ import annotations
-import argparse, contextlib, dataclasses, importlib.metadata, importlib.util, json, shlex, shutil, signal, sys, time
+import argparse, contextlib, dataclasses, importlib.metadata, importlib.util, json, os, shlex, shutil
+import signal, sys, threading, time, warnings
 from pathlib import Path
 from packaging.requirements import Requirement
-from .config import (PRESETS, ConfigError, DollyError, Recipe, _suggest, load_run, project_root,
-                               read_json, resolve, short_path, start_run, write_json, write_text)
+from .config import (PRESETS, ConfigError, DollyError, Recipe, _suggest, hold_run, load_run,
+                               project_root, read_json, redact, resolve, short_path, start_run, write_json,
+                               write_text)
 
 # %% auto #0
 __all__ = ['STAGES', 'HELP', 'notebooks', 'check_parameters', 'preflight', 'run', 'doctor', 'read_prompts', 'chat', 'measure',
@@ -20,9 +22,10 @@ STAGES = ["01_data", "02_train", "03_eval", "04_chat", "05_report"]
 def notebooks() -> Path: # the folder with the numbered notebooks; `ConfigError` if there is none
     "Where the course's notebooks are."
     import dolly_lora
-    for folder in Path(dolly_lora.__file__).resolve().parent.parent / "nbs", project_root() / "nbs":
+    package = Path(dolly_lora.__file__).resolve().parent
+    for folder in package.parent / "nbs", package / "nbs":  # of a clone; of an installed package
         if all((folder / f"{s}.ipynb").exists() for s in STAGES): return folder
-    raise ConfigError("the notebooks are not here: run inside a clone of the repository")
+    raise ConfigError(f"the notebooks are not at {package}: install dolly_lora again, or clone the repository")
 
 # %% ../nbs/06_cli.ipynb #e30f9cd6
 def check_parameters(
@@ -42,21 +45,28 @@ def check_parameters(
 # %% ../nbs/06_cli.ipynb #ad62b5d0
 def preflight(
     recipe: Recipe, # what is to run
+    out: Path,      # its folder; `DollyError` says in one line what is wrong
 ):
-    "Find before a kernel starts what is missing or broken: data, benchmark files, a base model that cannot be had."
+    "Find before a kernel starts what is missing or broken: disk, data, base model, benchmark files, judge."
     from transformers.training_args import OptimizerNames
     from dolly_lora.data import load_dolly
-    from dolly_lora.alpaca import load_instructions
-    from dolly_lora.mtbench import load_questions
+    from dolly_lora.evaluate import check_evaluation
+    from dolly_lora.models import check_base
+    _check_room(out, 0.2 if recipe.dataset == "sample" else 2)
     if recipe.optimizer not in list(OptimizerNames):
         near = _suggest(recipe.optimizer, [str(o.value) for o in OptimizerNames])
         raise ConfigError(f"transformers has no optimizer {recipe.optimizer!r}{near}")
     # not a hub id
     if recipe.dataset.count("/") != 1 or Path(recipe.dataset).suffix: load_dolly(recipe.dataset)
-    load_instructions(recipe.alpaca); load_questions(recipe.mtbench)
-    if recipe.base != "tiny":
-        from dolly_lora.models import locate_base
-        locate_base(recipe)
+    check_base(recipe)
+    check_evaluation(recipe)
+
+def _check_room(out, gib): # on the disk
+    there = next(p for p in (out, *out.parents) if p.exists())
+    free = shutil.disk_usage(there).free / 2**30
+    if free < gib:
+        raise ConfigError(f"{free:.1f} GiB are free for {short_path(out)}, a run wants {gib:g}: "
+                          f"make room or give another --run-dir")
 
 # %% ../nbs/06_cli.ipynb #2a0e3afd
 def run(
@@ -70,22 +80,45 @@ def run(
     parameters = dict(preset=preset, run_dir=run_dir, overrides=overrides, dataset=dataset)
     recipe, out = resolve(**parameters)
     for stage in STAGES: check_parameters(folder / f"{stage}.ipynb", parameters)
-    preflight(recipe); start_run(recipe, out)
-    (out / "notebooks").mkdir(exist_ok=True)
-    timings = read_json(out / "stages.json") if (out / "stages.json").exists() else {}
-    for n, stage in enumerate(STAGES, 1):
-        print(f"\n== {stage} ({n} of {len(STAGES)})", flush=True)
-        start, target = time.time(), out / "notebooks" / f"{stage}.ipynb"
-        if failed := _execute(folder, stage, target, parameters): return failed
-        timings.setdefault(stage, time.time() - start)  # a later run only reads what this one made
-        write_json(out / "stages.json", timings)
+    preflight(recipe, out)
+    with hold_run(out):
+        start_run(recipe, out)
+        for n, stage in enumerate(STAGES, 1):
+            print(f"\n== {stage} ({n} of {len(STAGES)})", flush=True)
+            failed = _run_stage(folder, stage, out, parameters)
+            if failed and stage != "04_chat": return failed
+            if stage == "04_chat": chat_failed = failed
     print(f"\nreport: {short_path(out / 'report' / 'report.html')}")
-    return 0
+    if chat_failed: print("04_chat failed, see above: the report was written without it", file=sys.stderr)
+    return chat_failed
+
+# %% ../nbs/06_cli.ipynb #8dbf44e0
+@contextlib.contextmanager
+def _timed(path, stage): # keeps {seconds, parts, finished} of the stage in the JSON file at `path`
+    timings = read_json(path) if path.exists() else {}
+    before = timings.get(stage, dict(seconds=0.0, parts=0, finished=False))
+    start, over = time.time(), threading.Event()
+    def note(finished):
+        now = dict(seconds=before["seconds"] + time.time() - start, parts=before["parts"] + 1, finished=finished)
+        if not before["finished"]: write_json(path, timings | {stage: now})
+    def beat():
+        with contextlib.suppress(DollyError):  # a full disk is told by the stage
+            while not over.wait(2): note(False)
+    clock = threading.Thread(target=beat, daemon=True)
+    clock.start()
+    try: yield lambda: note(True)
+    finally: over.set(); clock.join()
+
+def _run_stage(folder, stage, out, parameters): # exit status
+    with _timed(out / "stages.json", stage) as finished:
+        failed = _execute(folder, stage, out / "notebooks" / f"{stage}.ipynb", parameters)
+    if not failed: finished()
+    return failed
 
 # %% ../nbs/06_cli.ipynb #93650899
 def _failed(stage, where, source, error, target):
     code = "".join(f"    {line}\n" for line in source.strip().splitlines()[:12])
-    print(f"\n{stage} failed in {where}:\n{code}{error.strip()}\nexecuted notebook: {short_path(target)}",
+    print(f"\n{stage} failed in {where}:\n{code}{redact(error.strip())}\nexecuted notebook: {short_path(target)}",
           file=sys.stderr)
     return 1
 
@@ -93,6 +126,7 @@ def _execute(folder, stage, target, parameters): # exit status
     import papermill
     from papermill.exceptions import PapermillExecutionError
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    target.parent.mkdir(exist_ok=True)
     try:
         papermill.execute_notebook(str(folder / f"{stage}.ipynb"), str(target), parameters,
                                    progress_bar=False, stdout_file=_Terminal(), cwd=str(project_root()),
@@ -107,7 +141,7 @@ def _execute(folder, stage, target, parameters): # exit status
 class _Terminal:
     "papermill's output file: the terminal, without the tables' reprs."
     def write(self, text):
-        if not text.startswith("<") and text.strip(): print(text.rstrip("\n"), flush=True)
+        if not text.startswith("<") and text.strip(): print(redact(text.rstrip("\n")), flush=True)
     def flush(self): sys.stdout.flush()
 
 # %% ../nbs/06_cli.ipynb #0f9777c6
@@ -149,7 +183,8 @@ def read_prompts(
 ) -> list[dict]: # instruction, context
     "The prompts of a batch file; `DataError` names the line."
     from dolly_lora.data import DataError
-    try: lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    # not splitlines: a line ends at a line feed, not at the other things that Unicode calls a line's end
+    try: lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError: raise DataError(f"{path}: not UTF-8: save the file as UTF-8") from None
     except OSError as e:
         raise DataError(f"no file at {path!r}" if isinstance(e, FileNotFoundError)
@@ -163,10 +198,17 @@ def read_prompts(
             row = json.loads(line)
             rows.append(dict(instruction=row["instruction"].strip(),
                              context=row.get("context", "").strip()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            "".join(rows[-1].values()).encode()  # half a character is no text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DataError(f"{path} line {n}: expected an object with `instruction` and perhaps "
                             f"`context`, both text") from None
     return rows
+
+# %% ../nbs/06_cli.ipynb #0ef2c0d3
+@contextlib.contextmanager
+def _lines_alone(wanted): # yields the standard output; `wanted`: other words go to the standard error
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if wanted else out): yield out
 
 # %% ../nbs/06_cli.ipynb #5a422dc3
 def chat(
@@ -186,8 +228,10 @@ def chat(
     folder, lora = project_root() / run_dir, lora and not base
     recipe = dataclasses.replace(Recipe(), base=base, revision="") if base else load_run(folder)
     prompts = read_prompts(batch) if batch else []
-    model, tokenizer = load_tuned(recipe, folder) if lora else load_base(recipe), load_tokenizer(recipe)
-    if batch: return _batch(model, tokenizer, recipe, folder, prompts, Path(out) if out else None, lora)
+    with _lines_alone(bool(batch)) as answers_to:
+        model, tokenizer = load_tuned(recipe, folder) if lora else load_base(recipe), load_tokenizer(recipe)
+        if batch:
+            return _batch(model, tokenizer, recipe, folder, prompts, Path(out) if out else None, lora, answers_to)
     about = dict(model=recipe.base, revision=recipe.revision,
                  adapter=f"{run_dir}/adapter" if lora else None)
     return _talk(Chat(model, tokenizer, recipe.max_new_tokens, temperature=temperature, about=about),
@@ -195,8 +239,8 @@ def chat(
                  f"Ctrl-C stops an answer, /quit leaves.")
 
 # %% ../nbs/06_cli.ipynb #i3998765
-def _batch(model, tokenizer, recipe, folder, prompts, out, lora):
-    "Answer prompts as JSON lines, on the standard output or in the file `out`."
+def _batch(model, tokenizer, recipe, folder, prompts, out, lora, answers_to=None):
+    "Answer prompts as JSON lines, on `answers_to` (default: the standard output) or in the file `out`."
     from dolly_lora.data import build_prompt
     from dolly_lora.evaluate import made_with
     from dolly_lora.generate import Rows, generate
@@ -208,7 +252,7 @@ def _batch(model, tokenizer, recipe, folder, prompts, out, lora):
                        made_with=made_with(recipe, folder, "tuned" if lora else "base"))
     lines = [p | dict(output=a.text, finished=a.finished) for p, a in zip(prompts, answers)]
     text = "".join(json.dumps(l, ensure_ascii=False) + "\n" for l in lines)
-    if not out: print(text, end=""); return 0
+    if not out: print(text, end="", file=answers_to); return 0
     write_text(out, text); rows.path.unlink(missing_ok=True)
     return 0
 
@@ -293,43 +337,35 @@ def measure(
     from dolly_lora.bench import bench, bench_generate
     line, cells = "{:14}" + "{:>12}" * 5, _writing_cells if answers else _step_cells
     head = [line.format(*(_WRITING if answers else _STEP))]
-    def show(r):
-        if as_json: print(json.dumps(r), flush=True); return
-        while head: print(head.pop())
-        print(line.format(*cells(r)), flush=True)
-    if answers: bench_generate(recipe, log=show)
-    else: bench(recipe, peers, log=show)
+    with _lines_alone(as_json) as out:
+        def show(r):
+            if as_json: print(json.dumps(r), file=out, flush=True); return
+            while head: print(head.pop())
+            print(line.format(*cells(r)), flush=True)
+        if answers: bench_generate(recipe, log=show)
+        else: bench(recipe, peers, log=show)
     return 0
 
 # %% ../nbs/06_cli.ipynb #i6179608
-class _Counting:
-    "A judge that only notes what it is asked."
-    def __init__(self, name, official): self.name, self.official, self.questions = name, official, []
-    def __call__(self, questions):
-        from dolly_lora.judge import Reply
-        self.questions += questions
-        yield from ((i, Reply(error="not asked")) for i in range(len(questions)))
-
 def _cost(recipe, folder, test): # printed; nobody is asked
-    from dolly_lora.evaluate import judge_answers
-    from dolly_lora.judge import estimate, judge_name
-    counting = _Counting(judge_name(recipe), recipe.judge.partition(":")[0] != "local")
-    judge_answers(counting, recipe, folder, test, lambda line: None)
-    cost = estimate(counting, counting.questions, folder / "judgments" / "replies.jsonl")
+    from dolly_lora.evaluate import estimate_cost
+    cost = estimate_cost(recipe, folder, test)
     price = "no price known" if cost["usd"] is None else f"about US$ {cost['usd']:.2f}"
-    if not counting.official: price = "no price"
-    print(f"{counting.name}: {cost['calls']:,} calls, about {cost['tokens']:,} tokens to read, {price}")
+    if recipe.judge.partition(":")[0] == "local": price = "no price"
+    print(f"{cost['judge']}: {cost['calls']:,} calls, about {cost['tokens']:,} tokens to read, {price}"
+          + ("" if cost["exact"] else "; the official prompts are not here, their known lengths were taken"))
 
 # %% ../nbs/06_cli.ipynb #i3026682
-def _tell(asked, judged): # the numbers, a line each
+def _tell(judged): # the numbers, a line each
+    from dolly_lora.evaluate import format_number as shown
     for pair, s in judged["alpaca"].items():
-        print(f"{pair}: win rate {s['win_rate']:.1f} % (95 % interval {s['low']:.1f} to {s['high']:.1f}, "
+        print(f"{pair}: win rate {shown(s['win_rate'])} % (95 % interval {shown(s['low'])} to {shown(s['high'])}, "
               f"{s['n_total']} pairs)")
     for model, s in judged["mt_bench"].items():
-        rating = "no valid rating" if s["average"] is None else f"MT-Bench-style rating {s['average']:.2f}"
-        print(f"{model}: {rating} ({s['n_invalid']} of {s['n_rows']} invalid)")
-    print(f"judged by {asked.name}: right answer against a wrong one {judged['check']['win_rate']:.0f} %"
-          + ("" if judged["official"] else "; not leaderboard numbers"))
+        print(f"{model}: rating {shown(s['average'], 2)} ({s['n_invalid']} of {s['n_rows']} invalid)")
+    for bench, why in judged["unofficial"].items():
+        print(f"not {dict(alpaca='AlpacaEval 2', mt_bench='MT-Bench')[bench]}: {why}")
+    print(f"judged by {judged['judge']}: right answer against a wrong one {shown(judged['check']['win_rate'], 0)} %")
 
 # %% ../nbs/06_cli.ipynb #i6827579
 def judge(
@@ -337,25 +373,32 @@ def judge(
     name: str = "",             # as `Recipe.judge`; default: the run's own
     dry_run: bool = False,      # only say how many questions there are, and about what they cost
 ) -> int: # exit status
-    "Have a run's answers judged, and put the numbers into its metrics.json."
+    "Have a run's answers judged, and put the numbers beside the other judges' in its metrics.json."
     from dolly_lora.data import prepare_data
-    from dolly_lora.evaluate import judge_answers, keep_verdicts, summarise
-    from dolly_lora.judge import make_judge
-    from dolly_lora.mtbench import load_questions
+    from dolly_lora.evaluate import check_evaluation
     folder = project_root() / run_dir
-    recipe = load_run(folder); recipe = dataclasses.replace(recipe, judge=name or recipe.judge)
+    recipe = load_run(folder)
+    recipe = dataclasses.replace(recipe, judge=name or recipe.judge)
     if not (folder / "metrics.json").exists():
         raise DollyError(f"{run_dir} has no metrics.json: run its evaluation first "
                          f"(dolly-lora run {recipe.preset} --run-dir {run_dir})")
     test = prepare_data(recipe, folder)["test"]
     if dry_run: _cost(recipe, folder, test); return 0
+    check_evaluation(recipe)
+    with hold_run(folder): _judge(recipe, folder, test)
+    print(f"dolly-lora report --run-dir {run_dir} writes them into the report")
+    return 0
+
+def _judge(recipe, folder, test):
+    from dolly_lora.evaluate import judge_answers, keep_judgment, keep_verdicts, summarise
+    from dolly_lora.judge import make_judge
+    from dolly_lora.mtbench import load_questions
     asked = make_judge(recipe)
     verdicts = judge_answers(asked, recipe, folder, test)
     keep_verdicts(folder, asked.name, verdicts)
     judged = summarise(asked, verdicts, load_questions(recipe.mtbench))
-    write_json(folder / "metrics.json", read_json(folder / "metrics.json") | dict(judgments=judged))
-    _tell(asked, judged)
-    return 0
+    keep_judgment(folder, judged)
+    _tell(judged)
 
 # %% ../nbs/06_cli.ipynb #3ebc74ea
 def _parser():
@@ -391,7 +434,7 @@ def _recipe_options(p):
 # %% ../nbs/06_cli.ipynb #i2980216
 def _measuring(commands):
     p = commands.add_parser("bench", help="measure a training step: seconds, tokens, memory, utilisation")
-    p.add_argument("--preset", default="llama2", help=", ".join(PRESETS))
+    p.add_argument("preset", nargs="?", default="llama2", help=", ".join(PRESETS) + " (default llama2)")
     p.add_argument("--base", default="", help="random-7b: LLaMA-2-7B's shape with random weights, on a GPU")
     p.add_argument("--peer", nargs="+", action="extend", default=[], metavar="WAY",
                    help="measure other ways on the same records first: stock, padding-free, 'by hand', "
@@ -413,6 +456,9 @@ def main(
 ) -> int: # exit status: 0, 1 for a failed stage, 2 for a mistake in the call
     "dolly-lora run | chat | doctor | bench | judge | report"
     args = _parser().parse_args(argv)
+    if not sys.warnoptions:  # warnings are for those who develop; python -W default shows them
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # in the stages' kernels
     try: return _dispatch(args)
     except DollyError as e: print(f"dolly-lora: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt:

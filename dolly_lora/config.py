@@ -21,7 +21,9 @@ __all__ = ['SECRETS', 'PRESETS', 'EVALUATION', 'redact', 'DollyError', 'ConfigEr
 # bitsandbytes, imported on a CPU, complains of a kernel that nobody asked for
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # huggingface_hub announces every retry without a network
-os.environ.setdefault("HF_HUB_VERBOSITY", "error");
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+# transformers warns of settings that its own callers chose
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error");
 
 # %% ../nbs/00_config.ipynb #redact01
 SECRETS = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") # environment variables

@@ -71,7 +71,9 @@ def ask(
         key = keys[todo[j]]
         if not reply.error and _is_empty(reply): reply = Reply(error="an empty reply")
         if reply.error: failed[key] = Reply(error=redact(reply.error))
-        else: known[key] = reply; rows.add(key, dict(judge=judge.name) | asdict(reply))
+        else:
+            known[key] = replace(reply, text=redact(reply.text))
+            rows.add(key, dict(judge=judge.name) | asdict(known[key]))
         if time.time() - shown > 10:
             shown = time.time()
             log(f"{done:,} of {len(todo):,} questions answered by {judge.name}")

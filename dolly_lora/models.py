@@ -178,6 +178,7 @@ def load_tokenizer(
         raise ModelError(f"{recipe.base}: its tokenizer has no pad token besides the end token; "
                          f"with those the same a model never learns to stop")
     tok.padding_side = "left"
+    tok.clean_up_tokenization_spaces = False  # byte-level BPE and SentencePiece decode exactly; transformers warns of True
     return tok
 
 # %% ../nbs/00a_models.ipynb #249baf10

@@ -417,7 +417,7 @@ def plot_radar(
     fig, ax = plt.subplots(figsize=(7, 4.4), subplot_kw=dict(projection="polar"))
     for (model, s), (colour, line, marker) in zip(scores.items(), itertools.cycle(_LOOKS)):
         r = np.array([s["category"].get(c) for c in names], float)  # None becomes nan
-        ax.plot(np.append(angles, angles[0]), np.append(r, r[0]), color=colour, ls=line, marker=marker,
+        ax.plot(np.append(angles, angles[:1]), np.append(r, r[:1]), color=colour, ls=line, marker=marker,
                 ms=5, lw=1.8, label=figure_text(model))
     ax.set_theta_zero_location("N"); ax.set_theta_direction(-1)
     ax.set_xticks(angles, map(figure_text, names)); ax.tick_params(axis="x", pad=6)

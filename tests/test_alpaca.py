@@ -17,6 +17,10 @@ from dolly_lora.config import DollyError
 from dolly_lora.data import DataError
 from dolly_lora.judge import Reply, Scripted
 
+try:
+    from hypothesis import given, settings, strategies as st
+except ImportError: st = None
+
 MODELS = ("alpaca-7b", "vicuna-7b-v1.5")
 COUNTS = ("n_wins", "n_wins_base", "n_draws", "n_total", "avg_length")
 KEYS = {"win_rate", "standard_error", *COUNTS, "discrete_win_rate", "length_controlled_winrate", "lc_standard_error"}
@@ -129,6 +133,20 @@ def test_difficulties_that_are_not_the_published_ones_are_rejected(data, tmp_pat
 def test_a_bootstrap_without_a_valid_row_is_none(annotations):
     none = [dict(r, preference=None) for r in annotations[:5]]
     assert alpaca.bootstrap(none) == dict(win_rate=None, low=None, high=None) and {v["pairs"] for v in alpaca.length_effect(none).values()} == {0}
+
+
+@pytest.mark.skipif(st is None, reason="hypothesis is not installed")
+def test_any_file_is_read_or_refused_in_one_line(tmp_path):
+    value = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=[])), lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(["instruction", "output_1", "output_2", "generator_1", "generator_2", "preference", "annotator"]), v, max_size=7), max_leaves=20)
+    whole = st.lists(st.fixed_dictionaries(dict.fromkeys(("instruction", "output_1", "output_2"), st.text()) | dict(generator_1=st.just("a"), generator_2=st.just("b"), preference=value)), min_size=1, max_size=4)
+    @settings(max_examples=200, deadline=None)
+    @given(st.binary(), value | whole)
+    def is_read(data, rows):
+        (tmp_path / "raw.json").write_bytes(data); (tmp_path / "rows.json").write_text(json.dumps(rows))
+        for read in (lambda: alpaca.load_instructions(tmp_path / "raw.json"), lambda: alpaca.load_instructions(tmp_path / "rows.json"), lambda: alpaca.score(tmp_path / "rows.json"), lambda: alpaca.score(rows)):
+            try: read()
+            except DollyError as e: assert "\n" not in str(e)
+    is_read()
 
 
 def test_two_models_at_once_are_not_mixed(annotations):

@@ -21,6 +21,10 @@ from dolly_lora.alpaca import compare, score
 from dolly_lora.config import PRESETS, DollyError
 from dolly_lora.judge import EndpointJudge, JudgeError, LocalJudge, Question, Reply, Scripted, ask, check_judge, judge_origin, make_judge
 from dolly_lora.models import load_base, load_tokenizer, tiny_model
+
+try:
+    from hypothesis import given, settings, strategies as st
+except ImportError: st = None
 from dolly_lora.mtbench import OWN_PROMPTS, grade, load_questions
 from dolly_lora.mtbench import score as rate
 
@@ -197,6 +201,30 @@ def test_half_a_character_in_a_reply_is_kept(says, tmp_path):
     says.says = 200, '{"choices": [{"message": {"content": "half \\ud83d and \\u2028 [[7]]"}}]}'
     for _ in 1, 2: reply, = ask(EndpointJudge("stub"), [Question((("user", "?"),))], tmp_path / "r.jsonl")
     assert reply.text == "half \ud83d and \u2028 [[7]]" and says.n == 1
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(["choices", "message", "content", "logprobs", "top_logprobs", "token", "logprob"]) | st.text(), v, max_size=4), max_leaves=12) if st else None
+
+
+@pytest.mark.skipif(st is None, reason="hypothesis is not installed")
+def test_any_reply_of_a_server_is_a_reply_or_an_error_and_any_reply_is_a_verdict_or_none():
+    import httpx
+    from dolly_lora.alpaca import second_is_better
+    from dolly_lora.mtbench import rating, winner
+    choice, pair = Question((("user", "?"),), tuple(map(str, range(1, 11)))), Question((("user", "?"),), ("A", "B"))
+    @settings(max_examples=300, deadline=None)
+    @given(st.sampled_from([200, 400, 401, 404, 429, 500]), st.binary() | JSON.map(lambda v: json.dumps(v).encode()) | JSON.map(lambda v: json.dumps(dict(choices=[dict(message=dict(content="A"), logprobs=dict(content=[dict(top_logprobs=v)]))])).encode())
+           | st.text().map(lambda v: json.dumps(dict(choices=[dict(message=dict(content=v))])).encode()), st.dictionaries(st.sampled_from(["A", "B", "1", "7", "10", "x"]), st.floats(), max_size=4) | st.none(), st.text() | st.from_regex(r"\[\[\d+\.?\d*\]\]"))
+    def is_read(status, data, logprobs, text):
+        stub = judge_module.EndpointJudge.__new__(judge_module.EndpointJudge)
+        stub.name, stub.url, stub.served = "stub", "http://host/v1", False
+        stub.client = httpx.Client(transport=httpx.MockTransport(lambda request: httpx.Response(status, content=data)))
+        reply, _ = judge_module._post(stub, pair)
+        assert bool(reply.error) != bool(reply.text.strip() or reply.logprobs)
+        for reply in reply, Reply(text, logprobs):
+            p, value = second_is_better(reply, ("A", "B")), rating(reply)
+            assert (p is None or 0 <= p <= 1) and (value == -1 or 1 <= value <= 10 + 1e-9) and winner(reply) in ("A", "B", "tie", "error")
+    is_read()
 
 
 # Secrets

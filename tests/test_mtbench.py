@@ -163,7 +163,7 @@ def test_figures_of_models_without_a_rating_and_with_names_that_are_formulas():
     import matplotlib.pyplot as plt
     none = dict(turn1=None, turn2=None, average=None, category=dict(writing=None, math=None))
     some = dict(turn1=5.0, turn2=None, average=5.0, category=dict(writing=5.0, math=None))
-    for scores in {"m": none}, {"m": none, r"$\frac{$": some}, {"$a$": some}:
+    for scores in {"m": none}, {"m": dict(none, category={})}, {"m": none, r"$\frac{$": some}, {"$a$": some}:
         for plot in mtbench.plot_radar, mtbench.plot_turns:
             fig = plot(scores, "a $\\judge{$")
             fig.canvas.draw()
