@@ -198,6 +198,8 @@ def measure(
                 graph_s=graphs.seconds if graphs else 0.0, gpu_s=_gpu_seconds(clock.profiler, share))
 
 # %% ../nbs/02d_bench.ipynb #02d018
+def _lengths(): return read_json(sample_path("bench_lengths.json"))
+
 def _made_up(lengths, max_length): # random tokens: examples of (prompt, response) tokens
     from datasets import Dataset
     rng = np.random.default_rng(0)
@@ -207,8 +209,9 @@ def _made_up(lengths, max_length): # random tokens: examples of (prompt, respons
 
 def _bench_data(recipe, steps): # encoded training examples in a fixed random order, a whole number of steps
     if _by_lengths(recipe):
-        known = itertools.cycle(read_json(sample_path("bench_lengths.json"))["examples"])
-        return _made_up(list(itertools.islice(known, steps * recipe.batch_size)), recipe.max_length)
+        known = [e for e in _lengths()["examples"] if e[0] < recipe.max_length]  # with something to learn
+        wanted = list(itertools.islice(itertools.cycle(known), steps * recipe.batch_size))
+        return _made_up(wanted, recipe.max_length)
     tokenizer = load_tokenizer(recipe)
     rows = split(clean(load_dolly(recipe.dataset))[0], recipe)["train"]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))
@@ -280,8 +283,8 @@ def _time_answers(way, slots, model, tokenizer, encoded, new_tokens): # seconds,
 # %% ../nbs/02d_bench.ipynb #089bcb68
 def _bench_prompts(recipe, tokenizer, n): # token ids of the first n prompts of the training split
     if _by_lengths(recipe):
-        known = read_json(sample_path("bench_lengths.json"))["prompts"][:n]
-        return _made_up([(p, 0) for p in known], recipe.max_length)["input_ids"]
+        known = [(p, 0) for p in _lengths()["prompts"] if p <= recipe.max_length]
+        return _made_up(known[:n], recipe.max_length)["input_ids"]
     rows = split(clean(load_dolly(recipe.dataset))[0], recipe)["train"]
     texts = [build_prompt(r["instruction"], r["context"]) for r in rows[:2 * n]]
     return [ids for ids in tokenizer(texts).input_ids if len(ids) <= recipe.max_length][:n]

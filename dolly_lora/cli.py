@@ -63,6 +63,9 @@ def preflight(
 
 def _check_room(out, gib): # on the disk
     there = next(p for p in (out, *out.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"cannot write to {short_path(out)}: {short_path(there)} is "
+                          f"{'read-only' if there.is_dir() else 'a file'}; give another --run-dir")
     free = shutil.disk_usage(there).free / 2**30
     if free < gib:
         raise ConfigError(f"{free:.1f} GiB are free for {short_path(out)}, a run wants {gib:g}: "
@@ -96,7 +99,8 @@ def run(
 @contextlib.contextmanager
 def _timed(path, stage): # keeps {seconds, parts, finished} of the stage in the JSON file at `path`
     timings = read_json(path) if path.exists() else {}
-    before = timings.get(stage, dict(seconds=0.0, parts=0, finished=False))
+    before = timings.get(stage)
+    if not isinstance(before, dict): before = dict(seconds=0.0, parts=0, finished=False)  # or an old file's
     start, over = time.time(), threading.Event()
     def note(finished):
         now = dict(seconds=before["seconds"] + time.time() - start, parts=before["parts"] + 1, finished=finished)
@@ -130,11 +134,14 @@ def _execute(folder, stage, target, parameters): # exit status
     try:
         papermill.execute_notebook(str(folder / f"{stage}.ipynb"), str(target), parameters,
                                    progress_bar=False, stdout_file=_Terminal(), cwd=str(project_root()),
-                                   kernel_name="python3", extra_arguments=["--log-level=40"])
+                                   kernel_name="python3", extra_arguments=["--log-level=50"])
     except PapermillExecutionError as e:
         return _failed(stage, f"cell {e.exec_count}", e.source, f"{e.ename}: {e.evalue}", target)
     except (DeadKernelError, CellTimeoutError) as e:
         return _failed(stage, "the kernel", "", f"{type(e).__name__}: {e} (out of memory?)", target)
+    except OSError as e:
+        raise DollyError(f"{stage}: cannot write {short_path(target)} ({e.strerror or e}): make room, then run "
+                         f"the same again") from None
     return 0
 
 # %% ../nbs/06_cli.ipynb #93650815
@@ -177,14 +184,24 @@ def doctor() -> list[tuple[str, bool, str]]: # (what, fine, remark with the reme
                **{"llama2-t4": gib > 14 and rows[-1][1], "llama2": gib > 11 and rows[-1][1]})
     return rows + [("presets", True, "this machine can run " + ", ".join(p for p, ok in can.items() if ok))]
 
+# %% ../nbs/06_cli.ipynb #89cb97af
+def _find_run(run_dir): # its folder and its recipe; `ConfigError` when no run has begun there
+    folder = project_root() / run_dir
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{run_dir} is a file: give a run's folder as --run-dir")
+    if not (folder / "recipe.json").exists():
+        raise ConfigError(f"no run in {run_dir}: give another --run-dir, or make one with "
+                          f"dolly-lora run PRESET --run-dir {run_dir}")
+    return folder, load_run(folder)
+
 # %% ../nbs/06_cli.ipynb #63f7ff2d
 def read_prompts(
     path: str, # text, one prompt a line, or .jsonl with `instruction` and perhaps `context`
 ) -> list[dict]: # instruction, context
     "The prompts of a batch file; `DataError` names the line."
     from dolly_lora.data import DataError
-    # not splitlines: a line ends at a line feed, not at the other things that Unicode calls a line's end
-    try: lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    # a line ends at a line feed alone: splitlines knows ten more ends, which may stand in a prompt
+    try: lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError: raise DataError(f"{path}: not UTF-8: save the file as UTF-8") from None
     except OSError as e:
         raise DataError(f"no file at {path!r}" if isinstance(e, FileNotFoundError)
@@ -207,8 +224,15 @@ def read_prompts(
 # %% ../nbs/06_cli.ipynb #0ef2c0d3
 @contextlib.contextmanager
 def _lines_alone(wanted): # yields the standard output; `wanted`: other words go to the standard error
-    out = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr if wanted else out): yield out
+    out, whole = sys.stdout, wanted and sys.stdout is sys.__stdout__  # a notebook's goes elsewhere
+    if whole:
+        out.flush()
+        out = open(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr if wanted else out): yield out
+    finally:
+        if whole: out.flush(); os.dup2(out.fileno(), 1); out.close()
 
 # %% ../nbs/06_cli.ipynb #5a422dc3
 def chat(
@@ -226,7 +250,7 @@ def chat(
         raise DollyError("--out is for the answers of --batch FILE; "
                          "a conversation is saved with /save FILE")
     folder, lora = project_root() / run_dir, lora and not base
-    recipe = dataclasses.replace(Recipe(), base=base, revision="") if base else load_run(folder)
+    recipe = dataclasses.replace(Recipe(), base=base, revision="") if base else _find_run(run_dir)[1]
     prompts = read_prompts(batch) if batch else []
     with _lines_alone(bool(batch)) as answers_to:
         model, tokenizer = load_tuned(recipe, folder) if lora else load_base(recipe), load_tokenizer(recipe)
@@ -376,8 +400,7 @@ def judge(
     "Have a run's answers judged, and put the numbers beside the other judges' in its metrics.json."
     from dolly_lora.data import prepare_data
     from dolly_lora.evaluate import check_evaluation
-    folder = project_root() / run_dir
-    recipe = load_run(folder)
+    folder, recipe = _find_run(run_dir)
     recipe = dataclasses.replace(recipe, judge=name or recipe.judge)
     if not (folder / "metrics.json").exists():
         raise DollyError(f"{run_dir} has no metrics.json: run its evaluation first "
@@ -478,6 +501,8 @@ def _dispatch(args):
                        args.generate)
     if args.command == "judge": return judge(args.run_dir, args.judge, args.dry_run)
     from dolly_lora.report import write_report
-    run_dir = project_root() / args.run_dir
-    print(short_path(write_report(run_dir, project_root() / args.out if args.out else run_dir / "report")))
+    folder, _ = _find_run(args.run_dir)
+    out = project_root() / args.out if args.out else folder / "report"
+    if out.exists() and not out.is_dir(): raise ConfigError(f"{args.out} is a file: give a folder as --out")
+    print(short_path(write_report(folder, out)))
     return 0

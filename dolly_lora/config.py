@@ -214,6 +214,7 @@ def publish(
     finally:
         with contextlib.suppress(OSError): part.unlink(missing_ok=True)
 
+# %% ../nbs/00_config.ipynb #bebe35aa
 def write_text(
     path: Path, # see `publish`
     text: str,  # UTF-8
@@ -221,6 +222,7 @@ def write_text(
     "Publish a text file: a reader sees the old one or the new one, never half."
     with publish(path) as part: part.write_text(text, encoding="utf-8")
 
+# %% ../nbs/00_config.ipynb #bebe35ab
 def write_json(
     path: Path, # where
     data,       # anything `json` takes
@@ -259,6 +261,7 @@ def _owner(folder): # for people
     except (OSError, ValueError): return "another process"
     return f"process {who['pid']} on {who['host']} since {who['since']}"
 
+# %% ../nbs/00_config.ipynb #lock0004
 @contextlib.contextmanager
 def hold_run(
     run_dir: Path, # made if need be; `ConfigError` when another process writes to it
@@ -289,7 +292,7 @@ def hold_run(
             lock.release()
 
 # %% ../nbs/00_config.ipynb #4ab11ef6
-def environment() -> dict: # python, packages, gpu (name and memory in GiB, or None), cpu cores, commit of the project (or None)
+def environment() -> dict: # python, packages, gpu (name, memory in GiB; or None), cpu cores, the project's commit
     "The versions, hardware and commit that a run is made with."
     import torch
     names = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets")

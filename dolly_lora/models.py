@@ -105,9 +105,9 @@ def packaged_smollm2() -> Path: # a folder that `from_pretrained` takes
             _convert(found[0], Path(part) / folder.name)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(Path(part) / folder.name, folder)
-    except (OSError, SafetensorError) as e:
-        raise ModelError(f"cannot write SmolLM2 to {cache} ({e}): make room there, or set XDG_CACHE_HOME to "
-                         f"another folder") from None
+    except Exception as e:  # each library has its own for a full disk
+        raise ModelError(f"cannot convert SmolLM2 into {cache} ({e}): make room there, or set XDG_CACHE_HOME "
+                         f"to another folder") from None
     return folder
 
 # %% ../nbs/00a_models.ipynb #12765663
@@ -178,7 +178,7 @@ def load_tokenizer(
         raise ModelError(f"{recipe.base}: its tokenizer has no pad token besides the end token; "
                          f"with those the same a model never learns to stop")
     tok.padding_side = "left"
-    tok.clean_up_tokenization_spaces = False  # byte-level BPE and SentencePiece decode exactly; transformers warns of True
+    tok.clean_up_tokenization_spaces = False  # BPE decodes exactly; transformers warns of True
     return tok
 
 # %% ../nbs/00a_models.ipynb #249baf10

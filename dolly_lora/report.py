@@ -307,7 +307,8 @@ def _worth(judged): # what the examination says
         "**Can it judge?** Shown the answer that people wrote to a test instruction and one that they wrote to "
         f"another, it takes the right one with {c['win_rate']:.0f} % "
         f"(95 % interval {_interval(c['low'], c['high'], 0)}; a coin has 50, a reader 100), "
-        f"and changes its verdict with the order in {_number(c['consistency']['contradicted'], 0)} % of the pairs. {verdict}")
+        f"and changes its verdict with the order in {_number(c['consistency']['contradicted'], 0)} % "
+        f"of the pairs. {verdict}")
 
 # %% ../nbs/05_report.ipynb #d91ea24f
 def _win_rates(judges):

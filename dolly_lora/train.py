@@ -12,7 +12,7 @@ from .config import (ConfigError, DollyError, Recipe, environment, escape_text, 
                                read_json, short_path, start_run, write_json, write_text)
 import torch, transformers
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import EvalLoopOutput
@@ -241,7 +241,8 @@ library_name: peft
 
 # LoRA adapter, {recipe.preset} preset of dolly_lora
 
-Trained on {escape_text(recipe.dataset)} for {s["epochs"]:g} epochs ({s["steps"]} steps of {recipe.batch_size} examples),
+Trained on {escape_text(recipe.dataset)} for {s["epochs"]:g} epochs
+({s["steps"]} steps of {recipe.batch_size} examples),
 rank {recipe.lora_r}, alpha {recipe.lora_alpha}, seed {recipe.seed}.
 Validation loss {s["first_validation_loss"]:.4f} before, {s["best_validation_loss"]:.4f} at step {s["best_step"]},
 whose weights these are.
@@ -295,10 +296,10 @@ def _write_adapter(trainer, run_dir, card): # whole or not at all
 @contextlib.contextmanager
 def _told_when_full(run_dir):
     try: yield
-    except (OSError, RuntimeError, SafetensorError) as e:
+    except Exception as e:  # OSError, RuntimeError, SafetensorError, and tokenizers' bare Exception
         full = getattr(e, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
         words = "No space left|Disk quota|os error 28|PytorchStreamWriter failed|unexpected pos"
-        if not full and not re.search(words, str(e)): raise
+        if isinstance(e, DollyError) or not (full or re.search(words, str(e))): raise
         raise DollyError(f"the disk is full: what {short_path(run_dir)} had before is whole; make room, then "
                          f"run the same again, it goes on from the last checkpoint") from None
 

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+STAGE_NAMES = "01_data", "02_train", "03_eval", "04_chat", "05_report"
 STAGES = [p for p in NOTEBOOKS if re.match(r"0[1-5]_", p.name)]
 
 
@@ -88,10 +89,13 @@ def test_library_does_not_import_nbdev_or_widgets_at_import():
 def test_committed_report_is_of_a_gpu_run_on_the_whole_of_dolly():
     if not (ROOT / "report/results.json").exists():
         pytest.skip("no report is committed yet")
+    from dolly_lora.evaluate import judge_slug
     results, page = json.loads((ROOT / "report/results.json").read_text()), (ROOT / "report/report.html").read_text()
     assert results["environment"]["gpu"] and results["data"]["cleaning"]["read"] == 15011 and results["recipe"]["epochs"] == 3 and results["recipe"]["batch_size"] == 16
     assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "not LLaMA-2-7B" in page
-    judged = results["evaluation"]["judgments"]
-    assert judged["alpaca"]["tuned against base"]["n_total"] == 805 and {m["n_rows"] for m in judged["mt_bench"].values()} == {160}
-    assert judged["official"] or "not leaderboard numbers" in page
-    assert {p.stem for p in (ROOT / "report/figures").glob("*.svg")} == {"categories", "token_lengths", "padding", "training_curves", "ablation_random_7b", "ablation_smollm2", "test_loss", "answer_lengths", "win_rates", "mtbench_radar", "mtbench_turns"}
+    for judged in results["evaluation"]["judgments"].values():
+        assert judged["alpaca"]["tuned against base"]["n_total"] == 805 and {m["n_rows"] for m in judged["mt_bench"].values()} == {160}
+        assert all(judged["official"].values()) or "not leaderboard numbers" in page
+    assert set(results["stages"]) == set(STAGE_NAMES) and all(s["finished"] and s["parts"] == 1 for name, s in results["stages"].items() if name != "05_report")      # one undisturbed run
+    slugs = [judge_slug(name) for name in results["evaluation"]["judgments"]]
+    assert {p.stem for p in (ROOT / "report/figures").glob("*.svg")} == {"categories", "token_lengths", "padding", "training_curves", "ablation_random_7b", "ablation_smollm2", "test_loss", "answer_lengths"} | {f"{figure}_{slug}" for slug in slugs for figure in ("win_rates", "mtbench_radar", "mtbench_turns")}

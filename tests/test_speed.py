@@ -256,8 +256,8 @@ def test_gpu_resumed_run_is_exact_and_graphs_are_used(small, tmp_path, memory):
 def test_gpu_paged_adamw_8bit_learns_as_the_exact_one_and_resumes(small, tmp_path, optimizer):
     """The assignment's optimizer, one setting away: on the flat parameter, in replayed steps, from a checkpoint.
 
-    Its two moments are rounded to 8 bits in blocks of 256, so an update is a few per cent off, without a direction. The
-    tolerance of 1 % of the loss is far below what training changes here, and above what 12 such updates add up to.
+    Its two moments are rounded to 8 bits in blocks of 256, so an update is a few per cent off, without a direction. These
+    12 steps change the loss by 5 %; on an H200 the two curves were within 0.005 % of it. The tolerance is 0.1 %.
     """
     recipe = replace(small, memory="speed", optimizer=optimizer)
     whole = train(recipe, tmp_path / "whole", log=lambda line: None)
@@ -269,7 +269,8 @@ def test_gpu_paged_adamw_8bit_learns_as_the_exact_one_and_resumes(small, tmp_pat
         if line.startswith("step     6/"): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): train(recipe, tmp_path / "killed", log=stop)
     state = torch.load(tmp_path / "killed/checkpoints/checkpoint-4/optimizer.pt", weights_only=True)["state"]
-    eight = [v for v in state[0].values() if isinstance(v, torch.Tensor) and v.dtype == torch.uint8]
+    moments = state[0].get("__bnb_optimizer_quant_state__", state[0]) 
+    eight = [v for v in moments.values() if isinstance(v, torch.Tensor) and v.dtype == torch.uint8]
     assert len(state) == 1 and len(eight) == (2 if "8bit" in optimizer else 0)
     resumed = train(recipe, tmp_path / "killed", log=lambda line: None)
     assert resumed["summary"]["resumed_from"] == 4 and curve(resumed) == curve(whole)
@@ -278,7 +279,7 @@ def test_gpu_paged_adamw_8bit_learns_as_the_exact_one_and_resumes(small, tmp_pat
     if "8bit" in optimizer:
         exact = train(replace(recipe, optimizer="adamw_torch_fused"), tmp_path / "exact", log=lambda line: None)
         assert curve(whole) != curve(exact)
-        assert curve(whole) == pytest.approx(curve(exact), rel=0.01)
+        assert curve(whole) == pytest.approx(curve(exact), rel=0.001)
 
 
 def test_a_cpu_takes_the_exact_optimizer(tmp_path):
