@@ -108,6 +108,7 @@ def _timed(path, stage): # keeps {seconds, parts, finished} of the stage in the 
     def beat():
         with contextlib.suppress(DollyError):  # a full disk is told by the stage
             while not over.wait(2): note(False)
+    note(False)
     clock = threading.Thread(target=beat, daemon=True)
     clock.start()
     try: yield lambda: note(True)

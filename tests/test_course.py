@@ -94,3 +94,92 @@ def test_chat_in_the_terminal(tiny_run):
 def test_doctor():
     done = cli("doctor")
     assert done.returncode == 0 and "this machine can run tiny" in done.stdout and "torch" in done.stdout
+
+
+def test_a_chat_that_fails_costs_no_report(tiny_run, tmp_path, monkeypatch, capsys):
+    from dolly_lora import cli as commands
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run[0], folder)
+    shutil.rmtree(folder / "report")
+    (folder / "stages.json").unlink()
+    execute = commands._execute
+    def failing(notebooks, stage, target, parameters):
+        return commands._failed(stage, "cell 19", "1 / 0", "Empty: ", target) if stage == "04_chat" else execute(notebooks, stage, target, parameters)
+    monkeypatch.setattr(commands, "_execute", failing)
+    monkeypatch.delenv("IN_TEST", raising=False)
+    assert commands.run("tiny", str(folder)) == 1
+    assert "04_chat failed, see above: the report was written without it" in capsys.readouterr().err
+    stages = json.loads((folder / "stages.json").read_text())
+    assert (folder / "report/report.html").is_file() and not stages["04_chat"]["finished"] and stages["05_report"]["finished"]
+
+
+def test_a_stage_s_time_is_that_of_all_its_parts(tmp_path):
+    import subprocess, sys
+    part = "import sys, time; from pathlib import Path; from dolly_lora.cli import _timed\nwith _timed(Path(sys.argv[1]), '02_train') as done: print('on', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", part, str(tmp_path / "stages.json")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    while not (tmp_path / "stages.json").exists(): time.sleep(0.05)
+    process.kill()                                        # nothing of ours runs after this
+    process.communicate()
+    from dolly_lora.cli import _timed
+    before = json.loads((tmp_path / "stages.json").read_text())["02_train"]
+    with _timed(tmp_path / "stages.json", "02_train") as finished: pass
+    finished()
+    after = json.loads((tmp_path / "stages.json").read_text())["02_train"]
+    assert before["seconds"] > 0 and after["seconds"] >= before["seconds"] and after["parts"] == 2 and after["finished"] and not before["finished"]
+
+
+def test_a_judge_that_cannot_be_had_is_told_before_a_kernel_starts(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for judge, why in (("gpt-4-1106-preview", "OPENAI_API_KEY is not set"), ("local:./nowhere", "no base model at './nowhere'")):
+        for call in ("run", "tiny", "--run-dir", tmp_path / "run", "--set", f"judge={judge}"), ("judge", "--run-dir", tiny_run[0], "--judge", judge):
+            done = cli(*call)
+            assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1 and "==" not in done.stdout, (call, done.stderr)
+    done = cli("judge", "--run-dir", tiny_run[0], "--judge", "gpt-4-1106-preview", "--dry-run")      # lengths are enough
+    assert done.returncode == 0 and re.search(r"gpt-4-1106-preview: \d+ calls, about [\d,]+ tokens to read, about US\$ \d", done.stdout), done.stderr
+
+
+def test_a_second_judge_stands_beside_the_first_and_a_later_run_keeps_it(tiny_run, tmp_path):
+    from dolly_lora.models import tiny_model, tiny_tokenizer
+    folder, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(tiny_run[0], folder)
+    tiny_model(seed=1).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    done = cli("judge", "--run-dir", folder, "--judge", f"local:{other}")
+    assert done.returncode == 0, done.stderr
+    for command in ("report", "--run-dir", folder), ("run", "tiny", "--run-dir", folder):
+        done = cli(*command)
+        assert done.returncode == 0, done.stderr
+        judgments = json.loads((folder / "metrics.json").read_text())["judgments"]
+        assert set(judgments) == {"local tiny", f"local {other}"}
+        page = (folder / "report/report.html").read_text()
+        assert page.count("<img alt=") == 12                # nine, and three of the second judge
+
+
+def test_folders_and_files_that_are_no_runs_are_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/recipe.json").write_text("")
+    for command in ("run", "tiny"), ("chat",), ("judge",), ("report",):
+        for place in "file", "empty":
+            done = cli(*command, "--run-dir", tmp_path / place)
+            assert done.returncode == 2 and done.stderr.startswith("dolly-lora: ") and done.stderr.count("\n") == 1, (command, place, done.stderr)
+
+
+def test_a_batch_is_split_at_line_feeds_alone_and_says_nothing_else(tiny_run, tmp_path):
+    odd = "Say\u2028hi\x0cthere\x85now"
+    (tmp_path / "q.txt").write_text(odd + "\nName a prime.\n")
+    (tmp_path / "q.jsonl").write_text(json.dumps(dict(instruction=odd), ensure_ascii=False) + "\n")
+    for name, n in (("q.txt", 2), ("q.jsonl", 1)):
+        done = cli("chat", "--run-dir", tiny_run[0], "--batch", tmp_path / name)
+        rows = [json.loads(line) for line in done.stdout.split("\n") if line]
+        assert len(rows) == n and rows[0]["instruction"] == odd, done.stderr
+        assert all("answers," in line for line in done.stderr.splitlines())            # our progress, no library's warning
+    (tmp_path / "half.jsonl").write_text('{"instruction": "hi"}\n{"instruction": "\\ud800"}\n')
+    done = cli("chat", "--run-dir", tiny_run[0], "--batch", tmp_path / "half.jsonl")
+    assert done.returncode == 2 and "half.jsonl line 2" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_bench_prints_nothing_but_its_lines():
+    done = cli("bench", "tiny", "--json")
+    assert done.returncode == 0 and [json.loads(line)["base"] for line in done.stdout.splitlines()] == ["tiny"], done.stderr
