@@ -92,12 +92,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         done = [r for r in state.log_history if "train_s" in r]
         self.step_s = done[-1]["train_s"] if done else 0.0
-        if not state.global_step: return
-        before = state.best_global_step
-        _keep_best(state, Path(args.output_dir))
-        if before != state.best_global_step:
-            self.log(f"warning: checkpoint-{before}, the best so far, is missing or damaged: "
-                     f"the best is now that of step {state.best_global_step}")
+        if state.global_step: _keep_best(state, Path(args.output_dir), self.log)
 
     def on_step_begin(self, args, state, control, **kwargs): self.since = self.since or time.perf_counter()
 
@@ -197,11 +192,14 @@ def last_checkpoint(
         log(f"warning: {folder.name} is passed over: {why}")
 
 # %% ../nbs/02_train.ipynb #0a4e50a4
-def _keep_best(state, folder): # in a TrainerState: the best checkpoint inside `folder`
+def _keep_best(state, folder, log): # in a TrainerState: the best checkpoint inside `folder`
     losses = {r["step"]: r["eval_loss"] for r in state.log_history
               if r["step"] and math.isfinite(r.get("eval_loss", math.nan))}
     whole = [step for step in losses if not _damage(folder / f"checkpoint-{step}")]
     best = min(whole, key=losses.get, default=None)
+    if best != state.best_global_step:
+        log(f"warning: checkpoint-{state.best_global_step}, the best so far, is missing or damaged: "
+            f"the best is now that of step {best}")
     state.best_global_step, state.best_metric = best, losses.get(best)
     state.best_model_checkpoint = str(folder / f"checkpoint-{best}") if best else None
 
@@ -343,15 +341,15 @@ def _fit(recipe, run_dir, tokenizer, data, log, shrink):
     log(f"{type(engine).__name__}, "
         f"attention {'over whole rows (varlen)' if engine.varlen else 'example by example (sdpa)'}")
     if resume: log(f"resuming from {resume.name}")
-    if not (resume and _restore_finished(trainer, resume)):
+    if not (resume and _restore_finished(trainer, resume, log)):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer, _facts(trainer, resume)
 
 # %% ../nbs/02_train.ipynb #2dc5f293
-def _restore_finished(trainer, checkpoint): # of a last step: its history and the best weights; else False
+def _restore_finished(trainer, checkpoint, log): # of a last step: its history and the best weights; else False
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if state.global_step < state.max_steps: return False
-    _keep_best(state, checkpoint.parent)
+    _keep_best(state, checkpoint.parent, log)
     trainer.state = state
     trainer.model.load_adapter(state.best_model_checkpoint or str(checkpoint), "default")
     return True

@@ -28,8 +28,8 @@ def no_hub(monkeypatch):
 @pytest.fixture()
 def small_shape(monkeypatch):
     """LLaMA-2's vocabulary on a model that a CPU can train, in the place of the 7B."""
-    config = LlamaConfig(vocab_size=32_000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
-    monkeypatch.setattr(bench, "load_base", lambda recipe: LlamaForCausalLM(config).eval())
+    small = dict(vocab_size=32_000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    monkeypatch.setattr(bench, "load_base", lambda recipe: LlamaForCausalLM(LlamaConfig(**small)).eval())
 
 
 def test_random_weights_are_measured_on_dollys_lengths(no_hub):
