@@ -19,7 +19,7 @@ demo: install            ## the whole course on a small model and sample, to run
 
 test: install            ## nbdev_test over every notebook, then tests/
 	$(BIN)/nbdev_test --path nbs --n_workers 2 --do_print
-	$(BIN)/python -m pytest -q -rs tests
+	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests
 
 sync: install            ## after editing a notebook: clean it, export the library, write README.md from index.ipynb
 	$(BIN)/nbdev_clean

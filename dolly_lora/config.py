@@ -9,6 +9,7 @@ import io, json, logging, os, platform, re, shlex, socket, subprocess, tempfile,
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+import psutil
 from filelock import FileLock, Timeout
 
 # %% auto #0
@@ -262,6 +263,11 @@ def _owner(folder): # for people
     return f"process {who['pid']} on {who['host']} since {who['since']}"
 
 # %% ../nbs/00_config.ipynb #lock0004
+def _sweep(folder): # away with what a killed process left half-written
+    for part in folder.rglob("*.part*"):
+        pid = re.search(r"\.(\d+)\.part(\.|$)", part.name)
+        if pid and not psutil.pid_exists(int(pid[1])): part.unlink(missing_ok=True)
+
 @contextlib.contextmanager
 def hold_run(
     run_dir: Path, # made if need be; `ConfigError` when another process writes to it
@@ -282,6 +288,7 @@ def hold_run(
             owner = dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M"))
             write_json(folder / ".owner.json", owner)
             os.environ["DOLLY_LORA_HOLDS"] = str(folder)  # for the kernels this process starts
+            _sweep(folder)
     _held[folder] = _held.get(folder, 0) + 1
     try: yield
     finally:

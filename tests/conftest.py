@@ -1,5 +1,6 @@
 """Shared by the tests: where the real data lie, and a run folder that several tests read."""
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("DOLLY_LORA_SHARED", ROOT.parent / "shared")) / "data"
 
 
-def cli(*args, cwd=ROOT, **kwargs):
-    """`dolly-lora ARGS` as a process of its own, as a user calls it."""
-    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
-    return subprocess.run([sys.executable, "-c", "import sys; from dolly_lora.cli import main; sys.exit(main())", *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, **kwargs)
+def cli(*args, cwd=ROOT, env=None, **kwargs):
+    """`dolly-lora ARGS` as a process of its own, as a user calls it; `env` is added to the environment."""
+    clean = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+    return subprocess.run([sys.executable, "-c", "import sys; from dolly_lora.cli import main; sys.exit(main())", *map(str, args)],
+                          cwd=cwd, env=clean | (env or {}), capture_output=True, text=True, **kwargs)
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +30,19 @@ def tiny_run(tmp_path_factory):
     """The whole course under papermill with the tiny preset: (run folder, finished process)."""
     folder = tmp_path_factory.mktemp("tiny")
     return folder, cli("run", "tiny", "--run-dir", folder)
+
+
+@pytest.fixture(scope="session")
+def judge_env(shared, tmp_path_factory):
+    """The environment of a process that finds the published judges' prompts without a network."""
+    from dolly_lora.mtbench import PINNED
+    place = tmp_path_factory.mktemp("prompts")
+    prompt = place / "site/alpaca_eval/evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
+    prompt.parent.mkdir(parents=True)
+    (place / "site/alpaca_eval/__init__.py").write_text("")
+    shutil.copy(shared / "eval/alpaca_eval/alpaca_eval_clf.txt", prompt)
+    url, sha = PINNED["prompts"]
+    cached = place / "cache/dolly_lora" / f"{sha[:16]}-{url.rsplit('/', 1)[1]}"
+    cached.parent.mkdir(parents=True)
+    shutil.copy(shared / "eval/mt_bench/judge_prompts.jsonl", cached)
+    return dict(PYTHONPATH=str(place / "site"), XDG_CACHE_HOME=str(place / "cache"))

@@ -1,4 +1,5 @@
 """The chat, the five numbered notebooks and the report in a real browser, driven as a person drives it: Debian's chromium under Playwright."""
+import http.server
 import json
 import os
 import re
@@ -6,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -323,6 +325,46 @@ def test_hostile_texts_are_shown_and_do_nothing(chromium, hostile_run, name, tmp
     shown = page.locator("body").inner_text()
     assert dialogs == [] and [text for text in HOSTILE if text not in shown] == []
     if name == "03_eval": assert "<eos>" in shown                            # in a test record
+    page.close()
+
+
+class HostileJudge(http.server.BaseHTTPRequestHandler):
+    """Says the hostile texts, and a rating and a verdict with them."""
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.dumps(dict(choices=[dict(message=dict(content=" ".join(HOSTILE) + " [[5]] [[A]]"))])).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args): pass
+
+
+def test_a_hostile_judge_does_nothing(chromium, hostile_run, judge_env, tmp_path):
+    """A judge behind an endpoint, with a hostile name and hostile replies, about the hostile run's answers."""
+    from nbconvert import HTMLExporter
+    folder, server = tmp_path / "run", http.server.ThreadingHTTPServer(("127.0.0.1", 0), HostileJudge)
+    shutil.copytree(hostile_run[0], folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    recipe = json.loads((folder / "recipe.json").read_text())["recipe"]
+    done = cli("run", "tiny", "--run-dir", folder, "--dataset", recipe["dataset"], "--set", f"base={recipe['base']}", f"judge={HOSTILE[1]}",
+               env=judge_env | dict(OPENAI_API_KEY="none", OPENAI_BASE_URL=f"http://127.0.0.1:{server.server_port}/v1"))
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert HOSTILE[2] in (folder / "judgments/replies.jsonl").read_text()
+    page = chromium.new_page()
+    page.route(re.compile("^https?:"), lambda route: route.abort())
+    for name in "03_eval", "05_report", "report":
+        path = folder / "report/report.html"
+        if name != "report":
+            path = tmp_path / f"{name}.html"
+            path.write_text(HTMLExporter().from_filename(str(folder / f"notebooks/{name}.ipynb"))[0])
+        page.goto(path.as_uri(), wait_until="load")
+        page.wait_for_timeout(300)
+        harmless(page)
+        if name != "05_report": assert HOSTILE[1] in page.locator("body").inner_text()
     page.close()
 
 

@@ -134,3 +134,13 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
             part.write_text("ne")
             raise OSError(28, "No space left on device")
     assert (tmp_path / "a.json").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    half, living, foreign = (tmp_path / f"figures/{name}" for name in (f"curve.{dead.pid}.part.png", f"curve.{os.getpid()}.part.png", "curve.part.png"))
+    half.parent.mkdir()
+    for path in half, living, foreign: path.write_bytes(b"half")
+    with hold_run(tmp_path): pass
+    assert not half.exists() and living.exists() and foreign.exists()

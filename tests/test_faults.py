@@ -1,4 +1,5 @@
 """A run that is killed, interrupted, short of disk or met by a second one: nothing is lost, nothing is made twice, one line says what to do."""
+import contextlib
 import http.server
 import json
 import os
@@ -13,7 +14,7 @@ import time
 import psutil
 import pytest
 
-from conftest import ROOT, SHARED
+from conftest import ROOT
 
 CALL = "import sys; from dolly_lora.cli import main; sys.exit(main())"
 
@@ -22,7 +23,8 @@ def start(*args, **env):
     """`dolly-lora ARGS` in a session of its own."""
     clean = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "DOLLY_LORA_HOLDS")}
     return subprocess.Popen([sys.executable, "-u", "-c", CALL, *map(str, args)], cwd=ROOT, env=clean | env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a job in the background inherits that it is ignored
 
 
 def lines(path):
@@ -32,7 +34,10 @@ def lines(path):
 def when(process, condition):
     """Wait until `condition` holds for the lines printed so far; False if the process ends before."""
     said = []
-    reader = threading.Thread(target=lambda: said.extend(iter(process.stdout.readline, "")), daemon=True)
+    def read():
+        with contextlib.suppress(ValueError):             # closed by `kill`
+            said.extend(iter(process.stdout.readline, ""))
+    reader = threading.Thread(target=read, daemon=True)
     reader.start()
     while process.poll() is None:
         if condition(said):
@@ -184,22 +189,13 @@ class Echo(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args): pass
 
 
-def test_a_planted_secret_is_nowhere_in_a_failing_run(shared, tiny_run, tmp_path):
+def test_a_planted_secret_is_nowhere_in_a_failing_run(judge_env, tiny_run, tmp_path):
     """The key with a line's end on it and a password in the address, in every file and every line of a run whose judge fails in the middle."""
-    prompt = tmp_path / "site/alpaca_eval/evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
-    prompt.parent.mkdir(parents=True)
-    (tmp_path / "site/alpaca_eval/__init__.py").write_text("")
-    shutil.copy(shared / "eval/alpaca_eval/alpaca_eval_clf.txt", prompt)
-    from dolly_lora.mtbench import PINNED
-    url, sha = PINNED["prompts"]
-    cached = tmp_path / "cache/dolly_lora" / f"{sha[:16]}-{url.rsplit('/', 1)[1]}"
-    cached.parent.mkdir(parents=True)
-    shutil.copy(shared / "eval/mt_bench/judge_prompts.jsonl", cached)
     folder = tmp_path / "run"
     shutil.copytree(tiny_run[0], folder)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    process = start("run", "tiny", "--run-dir", folder, "--set", "judge=gpt-x", PYTHONPATH=str(tmp_path / "site"), XDG_CACHE_HOME=str(tmp_path / "cache"),
+    process = start("run", "tiny", "--run-dir", folder, "--set", "judge=gpt-x", **judge_env,
                     OPENAI_API_KEY="sk-planted-secret-0123\r\n", HF_TOKEN="hf_planted-token-0123", OPENAI_BASE_URL=f"http://me:planted-password@127.0.0.1:{server.server_port}/v1")
     out, err = process.communicate()
     server.shutdown()
