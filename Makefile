@@ -18,8 +18,8 @@ demo: install            ## the whole course on a small model and sample, to run
 	$(BIN)/dolly-lora run demo
 
 test: install            ## nbdev_test over every notebook, then tests/
-	$(BIN)/nbdev_test --path nbs --n_workers 2 --do_print
-	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs --n_workers 2 --do_print
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder tests
 
 sync: install            ## after editing a notebook: clean it, export the library, write README.md from index.ipynb
 	$(BIN)/nbdev_clean
