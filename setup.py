@@ -36,7 +36,7 @@ setup(
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     cmdclass={"build_py": WithNotebooks},
-    packages=find_packages(include=["dolly_lora"]),
+    packages=find_packages(include=["dolly_lora", "dolly_lora.*"]),
     package_data={"dolly_lora": ["sample/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .config import DollyError, file_sha256, project_root, sample_path, short_path
+from .config import DollyError, project_root, sample_path, short_path
 from .data import DataError
-from .judge import Question, ask, fetch
+from .files import file_sha256
+from .judge import ask, fetch, Question
 
 # %% auto #0
 __all__ = ['REFERENCE', 'OFFICIAL', 'PUBLISHED_JUDGE', 'PUBLISHED_ANNOTATORS', 'PROMPT_SHA256', 'PROMPT_CHARACTERS',

@@ -4,19 +4,15 @@
 
 # %% ../nbs/00_config.ipynb #18cefc47
 from __future__ import annotations
-import base64, contextlib, dataclasses, difflib, hashlib, html, importlib.metadata, importlib.resources
-import io, json, logging, os, platform, re, shlex, socket, subprocess, tempfile, time
+import contextlib, dataclasses, difflib, importlib.resources, logging, os, re, shlex
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
-import psutil
-from filelock import FileLock, Timeout
 
 # %% auto #0
-__all__ = ['SECRETS', 'PRESETS', 'EVALUATION', 'redact', 'DollyError', 'ConfigError', 'Recipe', 'parse_overrides', 'project_root',
-           'short_path', 'sample_path', 'resolve', 'publish', 'write_text', 'write_json', 'read_json', 'file_sha256',
-           'hold_run', 'environment', 'start_run', 'load_run', 'escape_text', 'text_table', 'figure_text', 'show_fig',
-           'save_fig']
+__all__ = ['SECRETS', 'PRESETS', 'MODEL_NAMES', 'redact', 'DollyError', 'ConfigError', 'Recipe', 'parse_overrides', 'suggest',
+           'project_root', 'is_project', 'short_path', 'sample_path', 'resolve']
 
 # %% ../nbs/00_config.ipynb #141ce964
 # bitsandbytes, imported on a CPU, complains of a kernel that nobody asked for
@@ -127,6 +123,10 @@ PRESETS = {r.preset: r for r in (  # name -> Recipe
     Recipe(preset="llama2-t4", max_length=512, eval_steps=100, test_answers=200,
            max_new_tokens=256, benchmark_tokens=512, generation_batch_size=8))}
 
+MODEL_NAMES = {  # base -> its name for people
+            "smollm2": "SmolLM2-135M-Instruct", "tiny": "a random two-layer Llama",
+          "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B", "random-7b": "LLaMA-2-7B's shape, random weights"}
+
 # %% ../nbs/00_config.ipynb #cc7af6ab
 def parse_overrides(
     overrides: str, # space-separated `field=value` pairs, e.g. "epochs=1 lora_r=8"; quoted where a value has a space
@@ -140,7 +140,7 @@ def parse_overrides(
         name, eq, value = pair.partition("=")
         if not eq or name not in kinds or name == "preset":
             raise ConfigError(f"cannot set {pair!r}: write field=value, "
-                              f"with a field of Recipe{_suggest(name, kinds)}")
+                              f"with a field of Recipe{suggest(name, kinds)}")
         try:
             out[name] = ({"true": True, "false": False}[value.lower()] if kinds[name] is bool
                          else kinds[name](value))
@@ -148,7 +148,7 @@ def parse_overrides(
             raise ConfigError(f"cannot set {name} to {value!r}: it takes {kinds[name].__name__}") from None
     return out
 
-def _suggest(word, known):
+def suggest(word, known):
     near = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {near[0]}?)" if near else f" (one of {', '.join(known)})"
 
@@ -156,9 +156,9 @@ def _suggest(word, known):
 def project_root() -> Path: # the nearest folder upwards with this project's settings.ini, else the current one
     "Where relative paths are anchored."
     here = Path.cwd()
-    return next((p for p in (here, *here.parents) if _is_ours(p / "settings.ini")), here)
+    return next((p for p in (here, *here.parents) if is_project(p / "settings.ini")), here)
 
-def _is_ours(settings): # other projects have a settings.ini, too
+def is_project(settings): # other projects have a settings.ini, too
     try: return re.search(r"(?m)^lib_name *= *dolly_lora *$", settings.read_text(encoding="utf-8")) is not None
     except (OSError, UnicodeDecodeError): return False
 
@@ -187,228 +187,10 @@ def resolve(
     "What a notebook's parameters mean."
     if os.environ.get("IN_TEST") and preset == "demo":
         preset, run_dir = "tiny", run_dir or tempfile.mkdtemp(prefix="dolly_lora_")
-    if preset not in PRESETS: raise ConfigError(f"unknown preset {preset!r}{_suggest(preset, PRESETS)}")
+    if preset not in PRESETS: raise ConfigError(f"unknown preset {preset!r}{suggest(preset, PRESETS)}")
     changes = parse_overrides(overrides) | ({"dataset": dataset} if dataset else {})
     if "epochs" in changes: changes.setdefault("max_steps", 0)   # who asks for epochs wants those epochs
     if "base" in changes: changes.setdefault("revision", "")      # another model has other commits
     recipe, folder = dataclasses.replace(PRESETS[preset], **changes), project_root() / (run_dir or f"runs/{preset}")
     if folder.exists() and not folder.is_dir(): raise ConfigError(f"{run_dir} is a file: give a folder as run_dir")
     return recipe, folder
-
-# %% ../nbs/00_config.ipynb #bebe3589
-@contextlib.contextmanager
-def publish(
-    path: Path, # of the file to be; its folder is made if need be; `DollyError` when it cannot be written
-): # the path to write to instead
-    "Make a file appear at once and whole; where that fails (a full disk), the old one stays."
-    path = Path(path)
-    # a name of its own: under torchrun two processes write the same file
-    part = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with open(part, "rb+") as f: os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        raise DollyError(f"cannot write {short_path(path)} ({e.strerror or e}): make room or give another place, "
-                         f"then run again") from None
-    finally:
-        with contextlib.suppress(OSError): part.unlink(missing_ok=True)
-
-# %% ../nbs/00_config.ipynb #bebe35aa
-def write_text(
-    path: Path, # see `publish`
-    text: str,  # UTF-8
-):
-    "Publish a text file: a reader sees the old one or the new one, never half."
-    with publish(path) as part: part.write_text(text, encoding="utf-8")
-
-# %% ../nbs/00_config.ipynb #bebe35ab
-def write_json(
-    path: Path, # where
-    data,       # anything `json` takes
-):
-    "Publish a JSON file."
-    write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-
-# %% ../nbs/00_config.ipynb #bebe3514
-def read_json(
-    path: Path, # of a file that an earlier stage wrote; `DollyError` when it is not there or damaged
-):
-    "Read a run's JSON file."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DollyError(f"{short_path(path)} is not there: run the notebook that writes it first, "
-                         f"or `dolly-lora run PRESET`") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise DollyError(f"{short_path(path)} cannot be read ({type(e).__name__}): it is empty, damaged or no "
-                         f"JSON; delete it and run the notebook that writes it") from None
-
-# %% ../nbs/00_config.ipynb #sha25602
-def file_sha256(
-    path: Path, # of a file
-) -> str: # 64 hexadecimal digits
-    "The fingerprint of a file's contents."
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while piece := f.read(2**20): digest.update(piece)
-    return digest.hexdigest()
-
-# %% ../nbs/00_config.ipynb #lock0002
-_held = {}  # folder -> how many times this process has entered
-
-def _owner(folder): # for people
-    try: who = json.loads((folder / ".owner.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return "another process"
-    return f"process {who['pid']} on {who['host']} since {who['since']}"
-
-# %% ../nbs/00_config.ipynb #lock0004
-def _sweep(folder): # away with what a killed process left half-written
-    for part in folder.rglob("*.part*"):
-        pid = re.search(r"\.(\d+)\.part(\.|$)", part.name)
-        if pid and not psutil.pid_exists(int(pid[1])): part.unlink(missing_ok=True)
-
-@contextlib.contextmanager
-def hold_run(
-    run_dir: Path, # made if need be; `ConfigError` when another process writes to it
-):
-    "Keep a run's folder to this process while it writes; may be nested."
-    if int(os.environ.get("RANK", 0)): yield; return  # under torchrun the first process holds it for all
-    folder = Path(run_dir).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    worker = os.environ.get("DOLLY_LORA_HOLDS") == str(folder) and folder not in _held
-    lock = FileLock(folder / (".worker.lock" if worker else ".lock"))
-    if not _held.get(folder):
-        # the kernel of a run that was just killed ends within seconds
-        try: lock.acquire(timeout=20 if worker else 0)
-        except Timeout:
-            raise ConfigError(f"{short_path(folder)} is in use by {_owner(folder)}: wait for it, end it, "
-                              f"or give another run_dir") from None
-        if not worker:
-            owner = dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M"))
-            write_json(folder / ".owner.json", owner)
-            os.environ["DOLLY_LORA_HOLDS"] = str(folder)  # for the kernels this process starts
-            _sweep(folder)
-    _held[folder] = _held.get(folder, 0) + 1
-    try: yield
-    finally:
-        _held[folder] -= 1
-        if not _held[folder]:
-            del _held[folder]
-            if not worker: os.environ.pop("DOLLY_LORA_HOLDS", None)
-            lock.release()
-
-# %% ../nbs/00_config.ipynb #4ab11ef6
-def environment() -> dict: # python, packages, gpu (name, memory in GiB; or None), cpu cores, the project's commit
-    "The versions, hardware and commit that a run is made with."
-    import torch
-    names = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets")
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    ask_git = lambda *args: subprocess.run(["git", *args], cwd=project_root(), capture_output=True,
-                                           text=True).stdout.strip()
-    commit = ""
-    with contextlib.suppress(OSError):  # no git on this machine
-        if _is_ours(project_root() / "settings.ini"): commit = ask_git("rev-parse", "-q", "--verify", "HEAD")
-        if commit and ask_git("status", "--porcelain", "--untracked-files=no"): commit += " with changes"
-    versions = {n: importlib.metadata.version(n) for n in names}
-    card = gpu and dict(name=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1))
-    return dict(python=platform.python_version(), packages=versions, cpu_cores=os.cpu_count(),
-                commit=commit or os.environ.get("DOLLY_LORA_COMMIT"), gpu=card)
-
-# %% ../nbs/00_config.ipynb #c29f97df
-# fields that what is learnt does not depend on
-EVALUATION = {"test_answers", "alpaca", "mtbench", "judge", "max_new_tokens", "benchmark_tokens",
-              "generation_batch_size", "memory"}
-
-def start_run(
-    recipe: Recipe, # what to run
-    run_dir: Path,  # its folder
-):
-    "Write `recipe.json`, or check that the folder already belongs to this recipe; `ConfigError` names what differs."
-    path, now = Path(run_dir) / "recipe.json", dataclasses.asdict(recipe)
-    if not path.exists(): write_json(path, {"recipe": now, **environment()}); return
-    run = _read_recipe(path)
-    there = run["recipe"]
-    if lost := now.keys() ^ there.keys():
-        raise ConfigError(f"{short_path(path)} was written by another version of dolly_lora (which differs in "
-                          f"{', '.join(sorted(lost))}): choose another run_dir or delete that folder")
-    diff = [f"{k}: {there[k]} there, {v} now" for k, v in now.items() if there[k] != v and k not in EVALUATION]
-    if diff:
-        raise ConfigError(f"{short_path(path)} is another recipe's ({'; '.join(diff)}): "
-                          f"choose another run_dir or delete that folder")
-    if there != now: write_json(path, run | {"recipe": now})
-
-def _read_recipe(path): # the whole file; `ConfigError` when a run did not write it
-    run = read_json(path)
-    if not isinstance(run, dict) or not isinstance(run.get("recipe"), dict) or "base" not in run["recipe"]:
-        raise ConfigError(f"{short_path(path)} is not a run's recipe: choose another run_dir")
-    return run
-
-# %% ../nbs/00_config.ipynb #c29f9711
-def load_run(
-    run_dir: Path, # a folder with a recipe.json
-) -> Recipe: # the recipe of that run
-    "The recipe that a run folder belongs to."
-    # an older version's run may have fields that are no more
-    path, known = Path(run_dir) / "recipe.json", {f.name: type(f.default) for f in dataclasses.fields(Recipe)}
-    fields = {k: v for k, v in _read_recipe(path)["recipe"].items() if k in known}
-    for k, v in fields.items():
-        if not isinstance(v, (known[k], int) if known[k] is float else known[k]):
-            raise ConfigError(f"{short_path(path)}: {k} is {v!r}, expected {known[k].__name__}")
-    return Recipe(**fields)
-
-# %% ../nbs/00_config.ipynb #esc00002
-_SPECIAL = str.maketrans({c: f"&#{ord(c)};" for c in "|*_`[]\\~$"} | {"\n": "<br>", "\r": ""})
-
-def escape_text(
-    text: str, # from a record, a model, a judge, a file
-) -> str: # for HTML and for Markdown
-    "Text as it is, whatever it says."
-    return html.escape(str(text)).translate(_SPECIAL)
-
-def text_table(
-    rows: list[dict], # column -> text; the same columns in each
-): # a pandas Styler, which a notebook shows
-    "Texts side by side, as they are."
-    import pandas as pd
-    table = pd.DataFrame([{escape_text(k): v for k, v in r.items()} for r in rows]).style.format(escape_text)
-    left = dict(selector="th, td", props="text-align: left; vertical-align: top")
-    # MathJax reads a page after its entities are decoded
-    plain = 'class="tex2jax_ignore mathjax_ignore"'
-    return table.hide(axis="index").set_table_styles([left]).set_table_attributes(plain)
-
-def figure_text(
-    text: str, # a category's or a model's name
-) -> str: # for matplotlib, which reads what stands between two dollars as a formula
-    "A name as a figure's label, without what no SVG may hold."
-    shown = re.sub("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", str(text))
-    return shown.replace("$", r"\$")
-
-# %% ../nbs/00_config.ipynb #9637a441
-def show_fig(
-    fig,      # a matplotlib Figure; it is closed
-    alt: str, # what it shows, for a reader who cannot see it
-):
-    "Show a figure with its text alternative and close it; outside of a notebook it is only closed."
-    from IPython import get_ipython
-    from IPython.display import display
-    import matplotlib.pyplot as plt
-    if not get_ipython(): plt.close(fig); return
-    png = io.BytesIO(); fig.savefig(png, format="png", bbox_inches="tight"); plt.close(fig)
-    data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": alt}
-    display(data, raw=True, metadata={"image/png": dict(alt=alt)})
-
-# %% ../nbs/00_config.ipynb #9637a415
-def save_fig(
-    fig,           # a matplotlib Figure; it is shown and closed
-    run_dir: Path, # the figure goes to RUN_DIR/figures
-    name: str,     # file name without suffix
-    alt: str,      # as in `show_fig`
-):
-    "Show a figure and save it as PNG and SVG, with its text alternative beside it."
-    folder = Path(run_dir) / "figures"
-    for suffix in "png", "svg":
-        with publish(folder / f"{name}.{suffix}") as part:
-            fig.savefig(part, dpi=150, bbox_inches="tight", metadata={"Date": None} if suffix == "svg" else None)
-    write_text(folder / f"{name}.txt", alt + "\n")
-    show_fig(fig, alt)

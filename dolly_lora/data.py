@@ -6,8 +6,9 @@
 from __future__ import annotations
 import collections, contextlib, hashlib, json, lzma, re
 from pathlib import Path
-from .config import (DollyError, Recipe, file_sha256, hold_run, project_root, read_json,
-                               sample_path, short_path, write_json, write_text)
+from .config import DollyError, project_root, Recipe, sample_path, short_path
+from .files import file_sha256, read_json, write_json, write_text
+from .runs import hold_run
 
 # %% auto #0
 __all__ = ['FIELDS', 'DOLLY', 'DataError', 'load_dolly', 'strip_citations', 'normalise', 'clean', 'split', 'build_prompt',

@@ -4,52 +4,20 @@
 
 # %% ../nbs/03_eval.ipynb #788507e1
 from __future__ import annotations
-import contextlib, hashlib, json, re, time
+import contextlib, time
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from . import alpaca as alpaca_eval, mtbench as mt_bench
-from .alpaca import bootstrap, compare, consistency, length_control_files, length_effect, score
-from .config import (DollyError, Recipe, figure_text, file_sha256, hold_run, read_json, save_fig, short_path,
-                               write_json, write_text)
-from .data import DataError, build_prompt, encode_all, normalise
-from .generate import Rows, generate, json_line, weights_fingerprint
-from .judge import Reply, check_judge, estimate, judge_name, judge_origin
-from .mtbench import average_interval, grade, load_questions, load_references, plot_radar, plot_turns
-from .mtbench import score as rate
+from .config import Recipe
+from .data import build_prompt, encode_all, normalise
+from .files import file_sha256, JsonlCache
+from .generate import generate, weights_fingerprint
+from .runs import hold_run
 
 # %% auto #0
-__all__ = ['check_evaluation', 'token_losses', 'mean_loss', 'loss_difference', 'made_with', 'answerer', 'fitting', 'answer_test',
-           'rouge_l', 'answer_metrics', 'answer_alpaca', 'overlap', 'check_pairs', 'answers_sha256', 'judge_answers',
-           'judge_slug', 'keep_verdicts', 'summarise', 'passed', 'format_number', 'save_judge_figures', 'keep_judgment',
-           'estimate_cost']
-
-# %% ../nbs/03_eval.ipynb #6b9a4587
-def _reference(recipe): # AlpacaEval's reference answers; None where there are instructions alone
-    if recipe.alpaca == "sample": return None
-    try: return alpaca_eval.load_reference(recipe.alpaca)
-    except DataError: return None
-
-def _references(recipe): # MT-Bench's; the published judge's scores are to compare with the published ones
-    if recipe.mtbench != "official": return load_references(recipe.mtbench)
-    return load_references("official" if recipe.judge == mt_bench.PUBLISHED_JUDGE else "corrected")
-
-def _shown_with(official): # the judge's prompts: AlpacaEval's, MT-Bench's
-    if official: return alpaca_eval.judge_prompt(), mt_bench.load_prompts()
-    return alpaca_eval.OWN_PROMPT, mt_bench.OWN_PROMPTS
-
-# %% ../nbs/03_eval.ipynb #862038b9
-def check_evaluation(
-    recipe: Recipe, # `judge`, `alpaca` and `mtbench`; `DollyError` says in one line what cannot be had
-):
-    "Find out before the work begins whether the judge can do its part."
-    alpaca_eval.load_instructions(recipe.alpaca)
-    load_questions(recipe.mtbench)
-    _reference(recipe)
-    _references(recipe)
-    check_judge(recipe)
-    _shown_with(recipe.judge.partition(":")[0] != "local")
+__all__ = ['token_losses', 'mean_loss', 'loss_difference', 'provenance', 'make_answerer', 'drop_long_prompts', 'answer_test',
+           'rouge_l', 'answer_metrics', 'answer_alpaca', 'overlap']
 
 # %% ../nbs/03_eval.ipynb #ad35a68f
 def _padded(examples, key, value, device): # on the right
@@ -106,7 +74,7 @@ def loss_difference(
                 high=float(high))
 
 # %% ../nbs/03_eval.ipynb #03e002
-def made_with(
+def provenance(
     recipe: Recipe, # base, revision and precision
     run_dir: Path,  # holds the adapter
     name: str,      # base or tuned
@@ -117,7 +85,7 @@ def made_with(
                 adapter=file_sha256(adapter)[:16] if name == "tuned" else None)
 
 # %% ../nbs/03_eval.ipynb #03e00216
-def answerer(
+def make_answerer(
     model, tokenizer, # from `load_tuned` and `load_tokenizer`
     recipe: Recipe,   # decoding limits and seed
     run_dir: Path,    # answers go to RUN_DIR/answers/NAME.jsonl
@@ -125,16 +93,16 @@ def answerer(
     log=print,        # gets the progress lines
 ): # a function: prompts, temperatures (0), max_new_tokens (recipe.benchmark_tokens) to a list of Answer
     "How base or tuned answers in this run: each prompt once."
-    path, made = Path(run_dir) / "answers" / f"{name}.jsonl", made_with(recipe, run_dir, name)
+    path, made = Path(run_dir) / "answers" / f"{name}.jsonl", provenance(recipe, run_dir, name)
     def answer(prompts, temperatures=0.0, max_new_tokens=recipe.benchmark_tokens):
         with hold_run(run_dir), model.disable_adapter() if name == "base" else contextlib.nullcontext():
-            rows = Rows(path)
+            rows = JsonlCache(path)
             return generate(model, tokenizer, prompts, max_new_tokens, recipe.generation_batch_size,
                             temperatures, recipe.seed, log, rows, made)
     return answer
 
 # %% ../nbs/03_eval.ipynb #62030a04
-def fitting(
+def drop_long_prompts(
     rows: list[dict], # records
     tokenizer,        # of the base model
     recipe: Recipe,   # `max_length`
@@ -145,7 +113,7 @@ def fitting(
 
 # %% ../nbs/03_eval.ipynb #03e004
 def answer_test(
-    answer,             # from `answerer`
+    answer,             # from `make_answerer`
     rows: list[dict],   # test records
     recipe: Recipe,     # `max_new_tokens`
 ) -> list[dict]: # instruction, context, category, reference, output, n_tokens, finished
@@ -176,7 +144,7 @@ def answer_metrics(
 
 # %% ../nbs/03_eval.ipynb #03e007
 def answer_alpaca(
-    answer,                   # from `answerer`
+    answer,                   # from `make_answerer`
     instructions: list[dict], # from `load_instructions`
     generator: str,           # the name the official tools will show
 ) -> dict: # `model_outputs` in the official format, and the share `finished` in percent
@@ -194,253 +162,3 @@ def overlap(
     "How many benchmark prompts were trained on."
     seen = {normalise(r["instruction"]) for r in train}
     return sum(normalise(p) in seen for p in prompts)
-
-# %% ../nbs/03_eval.ipynb #03e013
-def check_pairs(
-    test: list[dict], # records
-    n: int = 50,      # pairs, at most
-) -> tuple[list[dict], list[dict]]: # in AlpacaEval's format: answers to other records, and the records' own
-    "Pairs whose winner is known: the answer people gave to an instruction, and one they gave to another."
-    shown = lambda r: r["instruction"] + (f"\n\n{r['context']}" if r["context"] else "")
-    rows = list({shown(r): r for r in test}.values())[:n]
-    make = lambda answers, who: [dict(dataset="check", instruction=shown(r), output=a["response"],
-                                      generator=who) for r, a in zip(rows, answers)]
-    return make(rows[1:] + rows[:1], "another record's answer"), make(rows, "its own answer")
-
-# %% ../nbs/03_eval.ipynb #i1621810
-def _material(recipe, official): # all that a judge is shown besides the answers
-    template, prompts = _shown_with(official)
-    return dict(template=template, prompts=prompts, reference=_reference(recipe),
-                questions=load_questions(recipe.mtbench), references=_references(recipe))
-
-def _outputs(run_dir): # AlpacaEval's answers
-    folder = Path(run_dir) / "answers" / "alpaca_eval"
-    return {n: read_json(folder / n / "model_outputs.json") for n in ("base", "tuned")}
-
-def _mt_files(run_dir): return sorted((Path(run_dir) / "answers" / "mt_bench" / "model_answer").glob("*.jsonl"))
-
-def _mt_answers(run_dir): # MT-Bench's answers
-    rows = []
-    for path in _mt_files(run_dir):
-        try: rows += [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        except ValueError:
-            raise DollyError(f"{short_path(path)} is damaged: delete it and run 03_eval again") from None
-    return rows
-
-# %% ../nbs/03_eval.ipynb #i1621813
-def _read_by(judge, material, run_dir, test, log): # every verdict, as `judge_answers` gives them
-    replies, outputs = Path(run_dir) / "judgments" / "replies.jsonl", _outputs(run_dir)
-    reference = material["reference"]
-    def compared(a, b): return compare(judge, a, b, replies, material["template"], log)
-    pairs = {"tuned against base": (outputs["base"], outputs["tuned"])}
-    if reference: pairs |= {f"{n} against {reference[0]['generator']}": (reference, outputs[n]) for n in outputs}
-    graded = grade(judge, material["questions"], _mt_answers(run_dir), replies, material["references"],
-                   material["prompts"] if judge.official else None, log)
-    return dict(annotations={name: compared(*pair) for name, pair in pairs.items()}, judgments=graded,
-                check=compared(*check_pairs(test)))
-
-# %% ../nbs/03_eval.ipynb #c1cad665
-def answers_sha256(
-    run_dir: Path, # of a run that has answers
-) -> str: # 64 hexadecimal digits
-    "Which answers verdicts are about."
-    files = [Path(run_dir) / "answers" / "alpaca_eval" / n / "model_outputs.json" for n in ("base", "tuned")]
-    parts = [(p.parent.name, p.name, file_sha256(p)) for p in files + _mt_files(run_dir)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-def judge_answers(
-    judge,            # from `make_judge`
-    recipe: Recipe,   # `alpaca` and `mtbench`: where instructions, questions and references come from
-    run_dir: Path,    # holds the answers; the judge's replies go to RUN_DIR/judgments/replies.jsonl
-    test: list[dict], # test records, for the judge's own examination
-    log=print,
-) -> dict: # annotations (name of the pair -> rows), judgments (MT-Bench rows), check (annotations), prompts, answers
-    "Let a judge read all answers of a run; what it has read before is not asked again."
-    material = _material(recipe, judge.official)
-    with hold_run(run_dir):
-        verdicts = _read_by(judge, material, run_dir, test, log)
-        return verdicts | dict(prompts=(material["template"], material["prompts"]), answers=answers_sha256(run_dir))
-
-# %% ../nbs/03_eval.ipynb #i4559200
-def judge_slug(
-    name: str, # of a judge
-) -> str: # letters, digits, `.` and `-`; another one for every name
-    "A judge's name as part of a file's name; a changed name gets a hash, so that no two are the same."
-    slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip(".-")[:60]
-    if slug and slug == name and not re.search("-[0-9a-f]{8}$", slug): return slug
-    return f"{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".strip("-")
-
-# %% ../nbs/03_eval.ipynb #55276c79
-def keep_verdicts(
-    run_dir: Path,  # gets RUN_DIR/judgments/alpaca_eval and mt_bench
-    judge_name: str,
-    verdicts: dict, # from `judge_answers`
-):
-    "Publish verdicts in the official formats, in files of this judge's own."
-    folder, who = Path(run_dir) / "judgments", judge_slug(judge_name)
-    with hold_run(run_dir):
-        for name, rows in verdicts["annotations"].items():
-            pair = re.sub("[^A-Za-z0-9.-]+", "_", name)
-            write_json(folder / "alpaca_eval" / who / f"{pair}.json", rows)
-        write_text(folder / "mt_bench" / "model_judgment" / f"{who}_single.jsonl",
-                   "".join(map(json_line, verdicts["judgments"])))
-
-# %% ../nbs/03_eval.ipynb #03e015
-def _win_rate(rows, **files): # `score`; where no verdict is valid, None for every rate
-    if any(r["preference"] is not None for r in rows): return score(rows, **files)
-    rates = ("win_rate", "standard_error", "discrete_win_rate", "length_controlled_winrate", "lc_standard_error")
-    counts = dict.fromkeys(("n_wins", "n_wins_base", "n_draws", "n_total"), 0)
-    length = int(np.mean([len(r["output_2"]) for r in rows]))
-    return dict.fromkeys(rates) | counts | dict(avg_length=length, lc_refused="no verdict is valid")
-
-def _pair(rows, files, problem): # the numbers of a pair of models
-    numbers = bootstrap(rows) | _win_rate(rows, **files)
-    if problem and numbers["length_controlled_winrate"] is None: numbers["lc_refused"] = problem
-    return numbers | dict(consistency=consistency(rows), length_effect=length_effect(rows))
-
-def _length_control(judge): # the files for `score`, and what is wrong with them
-    if judge.name != alpaca_eval.PUBLISHED_JUDGE: return {}, ""  # `score` refuses
-    try: return dict(zip(("difficulty", "gamed"), length_control_files())), ""
-    except DollyError as e: return {}, str(e)
-
-# %% ../nbs/03_eval.ipynb #6ad205b9
-def summarise(
-    judge,              # who judged
-    verdicts: dict,     # from `judge_answers`
-    questions: list[dict], # MT-Bench's, for the categories
-) -> dict: # judge, origin, answers, official, unofficial, check, alpaca (pair -> rates), mt_bench (model -> ratings)
-    "Every number the verdicts give; a rate is None where no verdict is valid."
-    (template, prompts), (files, problem) = verdicts["prompts"], _length_control(judge)
-    why = dict(alpaca=alpaca_eval.why_unofficial(verdicts["annotations"], template),
-               mt_bench=mt_bench.why_unofficial(verdicts["judgments"], questions, prompts))
-    ends = average_interval(verdicts["judgments"])
-    return dict(
-        judge=judge.name, origin=judge.origin, answers=verdicts["answers"],
-        official={k: not reason for k, reason in why.items()}, unofficial={k: r for k, r in why.items() if r},
-        check=bootstrap(verdicts["check"]) | dict(consistency=consistency(verdicts["check"])),
-        alpaca={name: _pair(rows, files, problem) for name, rows in verdicts["annotations"].items()},
-        mt_bench={name: s | dict(interval=ends.get(name))
-                  for name, s in rate(verdicts["judgments"], questions).items()})
-
-# %% ../nbs/03_eval.ipynb #2150419d
-def passed(
-    check: dict, # `check` from `summarise`
-) -> bool: # False also when no verdict was valid
-    "Did the judge pass its examination, that is, is it surely better than a coin?"
-    return check["low"] is not None and check["low"] > 50
-
-def format_number(
-    value: float | None, # any; None where no verdict was valid
-    digits: int = 1,     # after the point
-) -> str: # a dash for None
-    "A number as people read it."
-    return "–" if value is None else f"{value:.{digits}f}"
-
-# %% ../nbs/03_eval.ipynb #03e019
-def _plot_win_rates(judged, named): # a line for each pair, one for the examination
-    import matplotlib.pyplot as plt
-    points = judged["alpaca"] | {"the right answer against a wrong one": judged["check"]}
-    fig, ax = plt.subplots(figsize=(7, 1.4 + 0.45 * len(points)))
-    for y, s in enumerate(points.values()):
-        if s["low"] is None: continue  # no valid verdict
-        colour = "#888888" if s is judged["check"] else "#4477aa"
-        ax.plot([s["low"], s["high"]], [y, y], color=colour, lw=3, solid_capstyle="round")
-        ax.scatter(s["win_rate"], y, color=colour, s=50, zorder=2)
-    ax.axvline(50, color="black", lw=1, ls="--")
-    ax.set_yticks(range(len(points)), map(figure_text, points))
-    ax.set(xlim=(0, 100), ylim=(len(points) - 0.4, -0.6), title=f"Judged by {figure_text(named)}",
-           xlabel="win rate in percent, with its 95 % interval (dashed: a coin)")
-    ax.spines[["top", "right"]].set_visible(False)
-    return fig, "; ".join(f"{name} {format_number(s['win_rate'])} ({format_number(s['low'])} to "
-                          f"{format_number(s['high'])})" for name, s in points.items())
-
-# %% ../nbs/03_eval.ipynb #79ac9a99
-def save_judge_figures(
-    judged: dict,  # from `summarise`
-    run_dir: Path, # figures go to RUN_DIR/figures, with the judge's slug in their names
-):
-    "Draw a judge's win rates and ratings: win_rates, mtbench_radar and mtbench_turns; each says who judged."
-    slug, rated = judge_slug(judged["judge"]), judged["mt_bench"]
-    named = {kind: judged["judge"] + ("" if fine else ": not leaderboard numbers")
-             for kind, fine in judged["official"].items()}
-    fig, numbers = _plot_win_rates(judged, named["alpaca"])
-    save_fig(fig, run_dir, f"win_rates_{slug}",
-             f"Win rates with 95 % intervals, judged by {named['alpaca']}: {numbers}.")
-    if not rated: return
-    averages = "; ".join(f"{m} {format_number(s['average'], 2)}" for m, s in rated.items())
-    save_fig(plot_radar(rated, named["mt_bench"]), run_dir, f"mtbench_radar_{slug}",
-             f"Mean ratings by category, judged by {named['mt_bench']}: {averages}.")
-    turns = "; ".join(f"{m} {format_number(s['turn1'], 2)} and {format_number(s['turn2'], 2)}"
-                      for m, s in rated.items())
-    save_fig(plot_turns(rated, named["mt_bench"]), run_dir, f"mtbench_turns_{slug}",
-             f"Mean rating of turn 1 and turn 2, judged by {named['mt_bench']}: {turns}.")
-
-# %% ../nbs/03_eval.ipynb #39958ca8
-def keep_judgment(
-    run_dir: Path, # of a run; its metrics.json is made if need be
-    judged: dict,  # from `summarise`
-):
-    "Put a judge's numbers into metrics.json beside the other judges'; verdicts on other answers go."
-    path = Path(run_dir) / "metrics.json"
-    with hold_run(run_dir):
-        metrics = read_json(path) if path.exists() else {}
-        others = {name: j for name, j in metrics.get("judgments", {}).items()
-                  if isinstance(j, dict) and j.get("answers") == judged["answers"]}
-        write_json(path, metrics | dict(judgments=others | {judged["judge"]: judged}))
-
-# %% ../nbs/03_eval.ipynb #61cec45e
-class _Counting:
-    "A judge that only notes what it is asked."
-    def __init__(self, name, official, origin):
-        self.name, self.official, self.origin, self.questions = name, official, origin, []
-    def __call__(self, questions):
-        self.questions += questions
-        yield from ((i, Reply(error="not asked")) for i in range(len(questions)))
-
-def _unknown_prompts(): # of the official ones' lengths
-    template = (("user", " " * alpaca_eval.PROMPT_CHARACTERS + "{instruction}{output_1}{output_2}"),)
-    prompts = {}
-    for name, n in mt_bench.PROMPT_CHARACTERS.items():
-        own = mt_bench.OWN_PROMPTS[f"dolly-{name}"]["prompt_template"]
-        prompts[name] = dict(system_prompt="", prompt_template=" " * max(0, n - len(own)) + own)
-    return template, prompts
-
-# %% ../nbs/03_eval.ipynb #dc90baee
-def _unknown_questions(answers): # of the official ones' length
-    names = list(mt_bench.MTBENCH_TEMPERATURE)
-    category = lambda i: names[(i - 81) // 10] if 81 <= i <= 160 else names[0]
-    return [dict(question_id=i, category=category(i), turns=[f"{i:{mt_bench.QUESTION_CHARACTERS}}"] * 2)
-            for i in dict.fromkeys(r["question_id"] for r in answers)]
-
-def _unknown_reference(outputs): # of the official one's length
-    answer = dict(output=" " * alpaca_eval.REFERENCE_CHARACTERS, generator=alpaca_eval.REFERENCE)
-    return [r | answer for r in outputs["base"]]
-
-# %% ../nbs/03_eval.ipynb #e53370fc
-def _estimated(recipe, run_dir, official): # as `_material`, and whether nothing of it is a stand-in
-    exact = True
-    def load(real, stand_in):
-        nonlocal exact
-        try: return real()
-        except DollyError: exact = False; return stand_in()
-    template, prompts = load(lambda: _shown_with(official), _unknown_prompts)
-    reference = load(lambda: _reference(recipe), lambda: _unknown_reference(_outputs(run_dir)))
-    questions = load(lambda: load_questions(recipe.mtbench), lambda: _unknown_questions(_mt_answers(run_dir)))
-    guess = {q["question_id"]: [" " * mt_bench.REFERENCE_CHARACTERS] * 2 for q in questions}
-    references = load(lambda: _references(recipe), lambda: guess)
-    return dict(template=template, prompts=prompts, reference=reference, questions=questions,
-                references=references), exact
-
-# %% ../nbs/03_eval.ipynb #e0c2d143
-def estimate_cost(
-    recipe: Recipe,   # its `judge`, `alpaca` and `mtbench`
-    run_dir: Path,    # holds the answers; `DollyError` without them
-    test: list[dict], # test records
-) -> dict: # judge, calls, tokens, usd (None: no price known; 0 for a local judge), exact (False: from known lengths)
-    "What it would cost to have a run's answers judged; nobody is asked."
-    official = recipe.judge.partition(":")[0] != "local"
-    judge = _Counting(judge_name(recipe), official, judge_origin(recipe))
-    material, exact = _estimated(recipe, run_dir, official)
-    _read_by(judge, material, run_dir, test, log=lambda line: None)
-    cost = estimate(judge, judge.questions, Path(run_dir) / "judgments" / "replies.jsonl")
-    return dict(judge=judge.name, exact=exact) | cost

@@ -4,24 +4,20 @@
 
 # %% ../nbs/03a_generate.ipynb #03a002
 from __future__ import annotations
-import functools, hashlib, json, os, re, time
-from collections import deque
+import functools, hashlib, json, time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
-from .config import DollyError, Recipe, file_sha256, project_root, short_path
-from .kernels import _jit, _pow2, PLAIN, operations, tl
-from .models import locate_base
-from .packing import attend, pack
-from .step import angles_at, fits_llama, group_forward, hold_weights, is_llama, llama_blocks
+from .config import DollyError, project_root, Recipe
+from .engine.blocks import fits_llama, is_llama
+from .engine.decoder import choose, decode_all, uniform_draws
+from .files import file_sha256, JsonlCache
+from .models import base_model, locate_base
 
 # %% auto #0
-__all__ = ['Answer', 'choose', 'uniform_draws', 'ChooseToken', 'attend_cached', 'Decoder', 'fill', 'step', 'json_line', 'Rows',
-           'weights_fingerprint', 'generate']
+__all__ = ['Answer', 'ChooseToken', 'generate_plain', 'weights_fingerprint', 'generate']
 
 # %% ../nbs/03a_generate.ipynb #03a006
 @dataclass
@@ -36,27 +32,6 @@ def _answer(ids, tokenizer):
     if finished: ids = ids[:ids.index(tokenizer.eos_token_id) + 1]
     return Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), finished)
 
-# %% ../nbs/03a_generate.ipynb #03a009
-def choose(
-    logits: torch.Tensor,      # [rows, vocabulary]
-    temperature: torch.Tensor, # float32 [rows]; 0: the most likely token
-    u: torch.Tensor,           # float32 [rows], from 0 to 1
-) -> torch.Tensor: # int64 [rows]
-    "The next token of every row."
-    likely = logits.argmax(-1)
-    summed = (logits.float() / temperature.clamp(min=1e-3)[:, None]).softmax(-1).cumsum(-1)
-    drawn = (summed < (u * summed[:, -1])[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
-    return torch.where(temperature > 0, drawn, likely)
-
-def uniform_draws(
-    prompt: str, # its text
-    seed: int,   # of the run
-    n: int,      # tokens to be drawn, at most
-) -> np.ndarray: # float32 [n], from 0 to 1
-    "The random numbers of a prompt: they depend on nothing else."
-    key = int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:16], "big")
-    return np.random.Generator(np.random.Philox(key=key)).random(n, dtype=np.float32)
-
 # %% ../nbs/03a_generate.ipynb #03a012
 class ChooseToken(LogitsProcessor):
     "`choose` inside `model.generate`: the chosen token gets the only finite logit."
@@ -70,7 +45,7 @@ class ChooseToken(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 # %% ../nbs/03a_generate.ipynb #i5503234
-def _plain(model, tokenizer, encoded, temperature, draws, max_new_tokens, slots, todo):
+def generate_plain(model, tokenizer, encoded, temperature, draws, max_new_tokens, slots, todo):
     "Yield (number, ids) of the prompts `todo`, a batch of `slots` at a time."
     order = sorted(todo, key=lambda i: -len(encoded[i]))
     for at in range(0, len(order), slots):
@@ -84,275 +59,6 @@ def _plain(model, tokenizer, encoded, temperature, draws, max_new_tokens, slots,
                              logits_processor=LogitsProcessorList([ChooseToken(*rows)]),
                              eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         yield from zip(chunk, out[:, inputs.input_ids.shape[1]:].tolist())
-
-# %% ../nbs/03a_generate.ipynb #03a015
-def attend_cached(
-    q: torch.Tensor,    # [rows, heads, size]: one new token a row
-    k: torch.Tensor,    # [rows, key heads, capacity, size]; heads is a multiple of key heads
-    v: torch.Tensor,    # like k
-    seen: torch.Tensor, # int64 [rows]: tokens of the cache that count, the new one among them
-    span: int,          # no row has seen more
-) -> torch.Tensor: # [rows, heads, size]
-    "Attention to the cache."
-    mask = torch.arange(span, device=q.device)[None] < seen[:, None]
-    return F.scaled_dot_product_attention(q[:, :, None], k[:, :, :span], v[:, :, :span],
-                                          attn_mask=mask[:, None, None],
-                                          enable_gqa=q.shape[1] != k.shape[1])[:, :, 0]
-
-# %% ../nbs/03a_generate.ipynb #i6606593
-@_jit
-def _cached(q, k, v, out, seen, scale, S, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
-            BG: tl.constexpr, BL: tl.constexpr):
-    row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    d, g, l = tl.arange(0, BD), tl.arange(0, BG), tl.arange(0, BL)
-    here, n = (row * heads + head).to(tl.int64), tl.load(seen + row)
-    at = (here * G + g[:, None]) * D + d[None]
-    fits = (g[:, None] < G) & (d[None] < D)
-    query = tl.load(q + at, mask=fits, other=0.0).to(tl.float32) * scale
-    best, total = tl.full((BG,), -float("inf"), tl.float32), tl.zeros((BG,), tl.float32)
-    sum_ = tl.zeros((BG, BD), tl.float32)
-    for start in range(0, n, BL):
-        place = (here * S + start + l[:, None]) * D + d[None]
-        inside = (start + l[:, None] < n) & (d[None] < D)
-        keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(v + place, mask=inside, other=0.0).to(tl.float32)
-        scores = tl.where(start + l[None] < n, tl.sum(query[:, None, :] * keys[None, :, :], 2),
-                          -float("inf"))
-        higher = tl.maximum(best, tl.max(scores, 1))
-        weight, shrink = tl.exp(scores - higher[:, None]), tl.exp(best - higher)
-        total = total * shrink + tl.sum(weight, 1)
-        sum_, best = sum_ * shrink[:, None] + tl.sum(weight[:, :, None] * values[None, :, :], 1), higher
-    tl.store(out + at, (sum_ / total[:, None]).to(out.dtype.element_ty), mask=fits)
-
-# %% ../nbs/03a_generate.ipynb #i6606519
-def _attend_cached_triton(q, k, v, seen, span):
-    out, (rows, heads, size) = torch.empty_like(q, memory_format=torch.contiguous_format), q.shape
-    q = q.contiguous()
-    group = heads // k.shape[1]
-    _cached[(rows, k.shape[1])](q, k, v, out, seen, size**-0.5, k.shape[2], size, group, _pow2(size),
-                                _pow2(group), 64 if group == 1 else 32)
-    return out
-
-# %% ../nbs/03a_generate.ipynb #03a019
-def _through(block, x, angles, attention): # a block; `attention` takes queries, keys and values
-    ops, parts = block.qkv.ops, [n * block.size for n in (block.heads, block.key_heads, block.key_heads)]
-    qkv, _ = group_forward(block.qkv, ops.rms_norm(x, block.norm1, block.eps)[0])
-    ops.rotate_(qkv, *angles, block.heads + block.key_heads)
-    seen = attention(*(t.unflatten(1, (-1, block.size)) for t in qkv.split(parts, 1)))
-    y, _ = group_forward(block.o, seen.flatten(1), residual=x)
-    gu, _ = group_forward(block.gu, ops.rms_norm(y, block.norm2, block.eps)[0])
-    return group_forward(block.down, ops.swiglu(gu), residual=y)[0]
-
-def _stream(base, blocks, ids, positions, attention): # all blocks: ids to hidden states; `attention(layer, q, k, v)`
-    for g in (blocks[0].qkv, blocks[0].o, blocks[0].gu, blocks[0].down): g.workspace["owner"] = None
-    x, angles = F.embedding(ids, base.model.embed_tokens.weight), angles_at(base, positions)
-    for i, block in enumerate(blocks): x = _through(block, x, angles, lambda q, k, v: attention(i, q, k, v))
-    return x
-
-def _logits(base, blocks, x): # hidden states to [rows, vocabulary]
-    return blocks[0].qkv.ops.rms_norm(x, base.model.norm.weight, blocks[0].eps)[0] @ base.lm_head.weight.t()
-
-# %% ../nbs/03a_generate.ipynb #03a022
-def _base(model): return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-# %% ../nbs/03a_generate.ipynb #03a02217
-class Decoder:
-    "The slots of a Llama that answers, with its adapters if they are on."
-    def __init__(self,
-        model,               # for which `is_llama`, or a PeftModel of one
-        eos: int,            # the end token
-        slots: int,          # prompts at a time
-        capacity: int,       # tokens of prompt and answer together, at most
-        max_new_tokens: int, # of an answer
-        keep: bool = True,   # hold NF4 weights dequantised
-    ):
-        base, ops = _base(model), operations(model.device)
-        self.base, self.eos, self.graph = base, eos, None
-        self.blocks, groups = llama_blocks(base, ops)
-        self.row = 0 if ops is PLAIN else 2048  # tokens of a row of prompts; 0: as they come
-        self.attend = attend_cached if ops is PLAIN else _attend_cached_triton
-        dtype = base.lm_head.weight.dtype
-        hold_weights(groups, keep, dtype)
-        for g in groups:
-            if g.A:
-                low = torch.cat([p.detach().flatten() for p in g.A + g.B]).to(dtype)
-                g.bind(0, low, low)
-        _lay_out(self, slots, capacity, max_new_tokens)
-        if self.row: _record(self)
-
-# %% ../nbs/03a_generate.ipynb #i2671760
-def _lay_out(d, slots, capacity, max_new_tokens): # the cache, and what is known of every slot
-    new = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=d.base.device)
-    first = d.blocks[0]
-    d.cache = new(len(d.blocks), 2, slots, first.key_heads, capacity, first.size, dtype=d.base.lm_head.weight.dtype)
-    d.tokens, d.lengths, d.count = new(slots), new(slots), new(slots)
-    d.slot, d.out = torch.arange(slots, device=d.base.device), new(slots, max_new_tokens)
-    d.temperature = new(slots, dtype=torch.float32)
-    d.draws = new(slots, max_new_tokens, dtype=torch.float32)
-    d.active = new(slots, dtype=torch.bool)
-
-# %% ../nbs/03a_generate.ipynb #i0627511
-def _take(d, x, who): # the next token of the slots `who`, from their last hidden state
-    at = d.count.clamp(max=d.out.shape[1] - 1)
-    chosen = torch.where(who, choose(_logits(d.base, d.blocks, x), d.temperature, d.draws[d.slot, at]),
-                         d.tokens)
-    d.out[d.slot, at] = torch.where(who, chosen, d.out[d.slot, at])
-    d.tokens.copy_(chosen); d.count += who
-    d.active.copy_(torch.where(who, (chosen != d.eos) & (d.count < d.out.shape[1]), d.active))
-
-def _advance(d, span): # a token for every slot at work; each has seen fewer than `span` tokens
-    def attention(i, q, k, v):
-        for cache, new in zip(d.cache[i], (k, v)): cache[d.slot, :, d.lengths] = new
-        return d.attend(q, *d.cache[i], d.lengths + 1, span)
-    x, who = _stream(d.base, d.blocks, d.tokens, d.lengths, attention), d.active.clone()
-    d.lengths += who
-    _take(d, x, who)
-
-@torch.inference_mode()
-def _record(d):
-    stream = torch.cuda.Stream(); stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        _advance(d, d.cache.shape[4])  # compile and load
-        d.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(d.graph, stream=stream): _advance(d, d.cache.shape[4])
-    torch.cuda.current_stream().wait_stream(stream)
-
-# %% ../nbs/03a_generate.ipynb #i4270451
-@torch.inference_mode()
-def fill(
-    d: Decoder,
-    slots: list[int],         # free ones
-    prompts: list[list[int]], # token ids, one prompt a slot
-    temperature, draws,       # one of each for every prompt: number, float32 [max_new_tokens]
-):
-    "Read prompts into slots and take their first tokens."
-    device, lengths = d.cache.device, torch.tensor([len(p) for p in prompts])
-    last = d.cache.new_zeros(len(d.slot), d.base.config.hidden_size)
-    for chunk in _chunks(lengths.tolist(), d.row or 10**9):
-        n = int(lengths[chunk].sum())
-        ids = [prompts[j] for j in chunk] + ([[0] * (-n % d.row)] if d.row and n % d.row else [])
-        row = pack([dict(input_ids=i, labels=i) for i in ids]).to(device)
-        owner = torch.repeat_interleave(torch.tensor(slots)[chunk], lengths[chunk]).to(device)
-        def attention(i, q, k, v):
-            for cache, new in zip(d.cache[i], (k, v)): cache[owner, :, row.positions[:n]] = new[:n]
-            return attend(q, k, v, row)
-        hidden = _stream(d.base, d.blocks, row.input_ids, row.positions, attention)
-        last[[slots[j] for j in chunk]] = hidden[row.bounds[1:len(chunk) + 1].long() - 1]
-    at, who = torch.tensor(slots, device=device), torch.zeros_like(d.active)
-    d.lengths[at], d.count[at], who[at] = lengths.to(device), 0, True
-    d.temperature[at], d.draws[at] = (torch.tensor(np.asarray(t), dtype=torch.float32, device=device)
-                                      for t in (temperature, draws))
-    _take(d, last, who)
-
-# %% ../nbs/03a_generate.ipynb #i3348502
-@torch.inference_mode()
-def step(
-    d: Decoder,
-):
-    "A token for every slot at work."
-    if d.graph: d.graph.replay()
-    else: _advance(d, int(d.lengths.max()) + 1)
-
-def _chunks(lengths, most):
-    "Numbers of prompts in order, as many together as have `most` tokens."
-    out, n = [], most + 1
-    for i, m in enumerate(lengths):
-        if n + m > most: out.append([]); n = 0
-        out[-1].append(i); n += m
-    return out
-
-# %% ../nbs/03a_generate.ipynb #03a025
-def _room(base):
-    "Bytes a card has for the cache, and what NF4 weights take of them when they are kept dequantised."
-    if base.device.type == "cpu": return 2**62, 0
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    width = base.lm_head.weight.element_size()
-    linears = [getattr(m, "base_layer", m) for layer in base.model.layers for m in layer.modules()
-               if hasattr(m, "in_features") and not hasattr(m, "lora_A")]
-    return 0.85 * free - 2**30, sum(l.in_features * l.out_features * width for l in linears
-                                    if hasattr(l.weight, "quant_state"))
-
-def _slots(model, lengths, max_new_tokens, batch_size):
-    "Slots, the capacity of each, and whether to keep the weights dequantised."
-    base, capacity = _base(model), max(lengths) + max_new_tokens
-    c, width = base.config, base.lm_head.weight.element_size()
-    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    # cache, and logits in float32 while a token is chosen
-    row = 2 * c.num_hidden_layers * c.num_key_value_heads * size * width * capacity + 16 * c.vocab_size
-    room, weights = _room(base)
-    fit, most = [max(1, min(batch_size, len(lengths), int(r // row))) for r in (room - weights, room)]
-    keep = room > weights + row and 2 * fit >= most
-    return fit if keep else most, capacity, keep
-
-# %% ../nbs/03a_generate.ipynb #i5348877
-def _decode(model, tokenizer, encoded, temperature, draws, max_new_tokens, slots, todo):
-    "Yield (number, ids) of the prompts `todo` as they are finished."
-    slots, capacity, keep = _slots(model, [len(e) for e in encoded], max_new_tokens, slots)
-    try: decoder = Decoder(model, tokenizer.eos_token_id, slots, capacity, max_new_tokens, keep)
-    except torch.OutOfMemoryError as e: e.slots = slots; raise
-    waiting, at = deque(sorted(todo, key=lambda i: -len(encoded[i]))), {}
-    while waiting or at:
-        free = [s for s in range(slots) if s not in at]
-        if waiting and len(free) >= (slots + 3) // 4:
-            new = {s: waiting.popleft() for s in free[:len(waiting)]}
-            fill(decoder, list(new), [encoded[i] for i in new.values()],
-                 [temperature[i] for i in new.values()], np.stack([draws[i] for i in new.values()]))
-            at |= new
-        for _ in range(8 if decoder.graph else 1): step(decoder)
-        active, count = decoder.active.tolist(), decoder.count.tolist()
-        for s in [s for s in at if not active[s]]: yield at.pop(s), decoder.out[s, :count[s]].tolist()
-
-# %% ../nbs/03a_generate.ipynb #03a028
-def json_line(
-    row: dict, # anything `json` takes
-) -> str: # one line that UTF-8 can store
-    "A row as JSON; half a character in a text (a lone surrogate) becomes an escape."
-    text = json.dumps(row, ensure_ascii=False)
-    return re.sub("[\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", text) + "\n"
-
-# %% ../nbs/03a_generate.ipynb #699b94f2
-class Rows:
-    "A file of JSON lines, each with a `key`; what is in it need not be made again."
-    def __init__(self,
-        path: Path, # made with the first row; `DollyError` names a line that is no row
-    ):
-        self.path, self.rows = Path(path), {}
-        data = self.path.read_bytes() if self.path.exists() else b""
-        self.size = len(data)                    # what this process has seen of the file
-        self.whole = data.rfind(b"\n") + 1       # without a line that a process left half-written
-        for n, line in enumerate(data[:self.whole].split(b"\n")[:-1], 1):
-            try: row = json.loads(line); self.rows[row.pop("key")] = row
-            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-                raise DollyError(f"{short_path(self.path)} line {n} is not a row of this file: "
-                                 f"delete the line and run again") from None
-
-    def __contains__(self, key: str): return key in self.rows
-    def __getitem__(self, key: str) -> dict: return self.rows[key]
-
-    def add(self, key: str, row: dict):
-        "Append a row; it survives the end of this process."
-        try: _append(self, json_line(dict(key=key) | row).encode())
-        except OSError as e:
-            raise DollyError(f"cannot write {short_path(self.path)} ({e.strerror}): make room, "
-                             f"then run again; the rows before it are kept") from None
-        self.rows[key] = row
-
-# %% ../nbs/03a_generate.ipynb #44c20af7
-def _append(rows, line): # `DollyError` when another process has written to the file
-    rows.path.parent.mkdir(parents=True, exist_ok=True)
-    with open(rows.path, "ab", buffering=0) as f:
-        if f.tell() != rows.size:
-            raise DollyError(f"{short_path(rows.path)} was changed by another process: end one of the two, "
-                             f"then run again; no row of either is lost")
-        try:
-            f.truncate(rows.whole)
-            written = 0
-            while written < len(line): written += f.write(line[written:])
-        except OSError:
-            f.truncate(rows.whole)  # what fitted of the line
-            rows.size = rows.whole
-            raise
-    rows.size = rows.whole = rows.whole + len(line)
 
 # %% ../nbs/03a_generate.ipynb #6a68fe56
 def weights_fingerprint(
@@ -386,7 +92,7 @@ def _encode(model, tokenizer, prompts, max_new_tokens): # token ids of each prom
 # %% ../nbs/03a_generate.ipynb #03a03116
 def _finish(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, todo, log):
     "Yield (number, Answer) of the prompts `todo`; when memory runs out, with half of the slots."
-    way, left = _decode if _decodes(model) else _plain, dict.fromkeys(todo)
+    way, left = decode_all if _decodes(model) else generate_plain, dict.fromkeys(todo)
     while left:
         try:
             for i, ids in way(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size,
@@ -403,13 +109,13 @@ def _finish(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, 
         finally: torch.cuda.empty_cache()
 
 def _decodes(model): # a Llama, without an adapter or with one on every linear of its blocks
-    return is_llama(_base(model)) and (_base(model) is model or fits_llama(model))
+    return is_llama(base_model(model)) and (base_model(model) is model or fits_llama(model))
 
 # %% ../nbs/03a_generate.ipynb #i7296881
-def _keys(prompts, heat, max_new_tokens, seed, made_with): # what each answer depends on, hashed
+def _keys(prompts, heat, max_new_tokens, seed, provenance): # what each answer depends on, hashed
     decoding = lambda t: dict(max_new_tokens=max_new_tokens,
                               temperature=float(t)) | (dict(seed=seed) if t else {})
-    texts = [json.dumps([p, made_with, decoding(t)], sort_keys=True) for p, t in zip(prompts, heat)]
+    texts = [json.dumps([p, provenance, decoding(t)], sort_keys=True) for p, t in zip(prompts, heat)]
     return [hashlib.sha256(t.encode()).hexdigest()[:32] for t in texts]
 
 def _kept(row): # an Answer; None for a row that holds none
@@ -442,13 +148,13 @@ def generate(
     temperature: float | list[float] = 0.0, # 0: greedy; a list has one for each prompt
     seed: int = 42,            # of the sampling, where there is any
     log=lambda line: None,     # gets a line now and then, for instance `print`
-    rows: Rows | None = None,  # finished answers are read from here and added to it
-    made_with: dict | None = None, # what else the answers depend on: model, revision, adapter
+    rows: JsonlCache | None = None,  # finished answers are read from here and added to it
+    provenance: dict | None = None, # what else the answers depend on: model, revision, adapter
 ) -> list[Answer]: # in the order of `prompts`
     "Answer every prompt once; greedy unless a temperature is given."
     heat = np.broadcast_to(np.asarray(temperature, np.float32), len(prompts))
     encoded, training = _encode(model, tokenizer, prompts, max_new_tokens), model.training
-    keys = _keys(prompts, heat, max_new_tokens, seed, made_with)
+    keys = _keys(prompts, heat, max_new_tokens, seed, provenance)
     done = {k: kept for k in keys if rows and k in rows and (kept := _kept(rows[k]))}
     todo = {k: i for i, k in reversed(list(enumerate(keys))) if k not in done}  # one that comes twice once
     draws = [uniform_draws(p, seed, max_new_tokens) if t else np.zeros(max_new_tokens, np.float32)

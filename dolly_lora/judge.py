@@ -6,15 +6,17 @@
 from __future__ import annotations
 import contextlib, hashlib, json, os, random, threading, time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Protocol
 import httpx
 import torch
-from .config import DollyError, Recipe, file_sha256, publish, redact
-from .generate import _base, Rows, weights_fingerprint
-from .step import is_llama
+from .config import DollyError, Recipe, redact
+from .engine.blocks import is_llama
+from .files import file_sha256, JsonlCache, publish
+from .generate import weights_fingerprint
+from .models import base_model
 
 # %% auto #0
 __all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'ask', 'JudgeError', 'EndpointJudge', 'LocalJudge', 'judge_name',
@@ -62,7 +64,7 @@ def ask(
     log=lambda line: None,  # gets a line now and then
 ) -> list[Reply]: # in the order of the questions; one with `error` where there is none
     "Every question once."
-    rows, keys, failed, shown = Rows(path), [_key(judge, q) for q in questions], {}, time.time()
+    rows, keys, failed, shown = JsonlCache(path), [_key(judge, q) for q in questions], {}, time.time()
     known = {k: reply for k in keys if k in rows and (reply := _kept(rows[k]))}
     numbers = reversed(list(enumerate(keys)))  # so that the first of equal questions stays
     todo = list({k: i for i, k in numbers if k not in known}.values())[::-1]
@@ -253,7 +255,7 @@ class LocalJudge:
             with getattr(self.model, "disable_adapter", contextlib.nullcontext)():
                 heads = {p + c[:k] for i, (p, _, cs) in group.items() if i not in long
                          for c in cs for k in range(len(c))}
-                at = _after(_base(self.model), heads, self.tokens)
+                at = _after(base_model(self.model), heads, self.tokens)
             for i, (p, q, cs) in group.items():
                 yield (i, Reply(error=f"{len(p):,} tokens, and {self.name} reads {limit:,}") if i in long
                        else Reply(logprobs=_choice_logprobs(p, q.choices, cs, at)))
@@ -353,7 +355,7 @@ def estimate(
     path: Path,           # where `ask` would keep the replies
 ) -> dict: # calls (still to be made), tokens (asked, about), usd (about; None: no price known; 0 for a local judge)
     "What `ask` would cost, without asking: four characters count as a token, a free reply as 250 tokens."
-    rows = Rows(path)
+    rows = JsonlCache(path)
     keys = {_key(judge, q): q for q in questions}
     todo = [q for k, q in keys.items() if k not in rows or not _kept(rows[k])]
     asked = sum(len(t) for q in todo for _, t in q.messages) // 4

@@ -6,15 +6,17 @@
 from __future__ import annotations
 import contextlib, importlib.util, io, json, os, shutil, sys, tempfile
 from pathlib import Path
-import torch, transformers
+import torch
+import transformers
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from .config import PRESETS, DollyError, Recipe, project_root, sample_path, short_path
+from safetensors import safe_open, SafetensorError
+from .config import (
+    DollyError, PRESETS, project_root, Recipe, sample_path, short_path)
 
 # %% auto #0
 __all__ = ['TARGET_MODULES', 'ModelError', 'compute_dtype', 'device', 'quantization_config', 'tiny_tokenizer', 'tiny_model',
-           'packaged_smollm2', 'locate_base', 'load_tokenizer', 'load_base', 'random_7b', 'lora_parameter_count',
-           'add_lora', 'check_base', 'keep_small_weights', 'load_tuned']
+           'packaged_smollm2', 'locate_base', 'load_tokenizer', 'load_base', 'base_model', 'random_7b',
+           'lora_parameter_count', 'add_lora', 'check_base', 'keep_small_weights', 'load_tuned']
 
 # %% ../nbs/00a_models.ipynb #ee596d21
 transformers.utils.logging.disable_progress_bar()  # a bar a file is noise in a notebook that people read
@@ -195,6 +197,13 @@ def load_base(
         return AutoModelForCausalLM.from_pretrained(
             locate_base(recipe), revision=recipe.revision or None, dtype=compute_dtype(),
             device_map={"": device()}, use_safetensors=True, trust_remote_code=False, **how).eval()
+
+# %% ../nbs/00a_models.ipynb #03a022
+def base_model(
+    model, # a causal language model or a PeftModel
+): # the transformers model, PEFT's layers in it or not
+    "What a PeftModel wraps; any other model as it is."
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 # %% ../nbs/00a_models.ipynb #i1668190
 def random_7b(

@@ -9,9 +9,10 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 from .alpaca import content_sha256
-from .config import figure_text, project_root, sample_path, short_path
-from .data import DataError, build_conversation
-from .judge import Question, Reply, ask, fetch
+from .config import project_root, sample_path, short_path
+from .data import build_conversation, DataError
+from .figures import figure_text
+from .judge import ask, fetch, Question, Reply
 
 # %% auto #0
 __all__ = ['MTBENCH_TEMPERATURE', 'NEED_REFERENCE', 'PINNED', 'PUBLISHED_JUDGE', 'QUESTIONS_SHA256', 'PROMPTS_SHA256',

@@ -7,14 +7,16 @@ from __future__ import annotations
 import base64, json, re, shutil
 from html import escape
 from pathlib import Path
-from . import evaluate
-from .config import (DollyError, escape_text, figure_text, hold_run, publish, read_json, save_fig,
-                               short_path, write_json, write_text)
+from . import evaluate, verdicts
+from .config import DollyError, MODEL_NAMES, short_path
+from .figures import escape_text, figure_text, save_fig
+from .files import publish, read_json, write_json, write_text
+from .runs import hold_run
 
 # %% auto #0
-__all__ = ['WRITTEN_BY', 'MODELS', 'REFERENCES', 'STYLE', 'collect', 'section_summary', 'section_dataset',
-           'section_implementation', 'section_training', 'section_evaluation', 'section_judged', 'section_hardware',
-           'section_speed', 'section_discussion', 'report_markdown', 'write_report']
+__all__ = ['WRITTEN_BY', 'REFERENCES', 'STYLE', 'collect', 'section_summary', 'section_dataset', 'section_implementation',
+           'section_training', 'section_evaluation', 'section_judged', 'section_hardware', 'section_speed',
+           'section_discussion', 'report_markdown', 'write_report']
 
 # %% ../nbs/05_report.ipynb #67db016e
 WRITTEN_BY = {"recipe.json": "01_data", "data/statistics.json": "01_data", "data/tokens.json": "01_data",
@@ -86,11 +88,8 @@ def _figure(name, caption): # `caption` is Markdown
 def _missing(name):
     return f"*`{name}` is not in this run: the notebook `{WRITTEN_BY[name]}` writes it.*\n"
 
-MODELS = {"smollm2": "SmolLM2-135M-Instruct", "tiny": "a random two-layer Llama",
-          "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B", "random-7b": "LLaMA-2-7B's shape, random weights"}
-
 # %% ../nbs/05_report.ipynb #274760a6
-def _model(r): return escape_text(MODELS.get(r["recipe"]["base"], r["recipe"]["base"]))
+def _model(r): return escape_text(MODEL_NAMES.get(r["recipe"]["base"], r["recipe"]["base"]))
 def _capital(text): return text[0].upper() + text[1:]
 def _method(r): return "QLoRA" if r["recipe"]["load_in_4bit"] and r["environment"]["gpu"] else "LoRA"
 def _data(source): return "the embedded sample" if source == "sample" else source
@@ -182,7 +181,7 @@ def _settings(r): # name -> text
     p, s, gpu = r["recipe"], r["training"]["summary"], r["environment"]["gpu"]
     four = p["load_in_4bit"] and gpu
     return {
-        "base model": MODELS.get(p["base"], p["base"]),
+        "base model": MODEL_NAMES.get(p["base"], p["base"]),
         "base weights": "4-bit NF4 with double quantisation" if four else "full precision (no GPU, or not asked for)",
         "LoRA": f"rank {p['lora_r']}, alpha {p['lora_alpha']}, dropout {p['lora_dropout']}, "
                 "on the seven linears of every block",
@@ -280,7 +279,7 @@ def _called(judged, kind): # only the published protocol has the published name
 def _who(judged): # what the judge is, in a sentence
     name, endpoint = judged["judge"].removeprefix("local "), judged["origin"].get("endpoint")
     if name != judged["judge"]:
-        model = escape_text(_capital(MODELS.get(name, name)))
+        model = escape_text(_capital(MODEL_NAMES.get(name, name)))
         return f"{model}, run locally. It reads its own probabilities for the possible verdicts."
     return f"{escape_text(name)}, asked at {escape_text(endpoint or 'an endpoint')}."
 
@@ -301,7 +300,7 @@ def _worth(judged): # what the examination says
         return "**Can it judge?** None of its verdicts in the examination could be read."
     verdict = ("That is guessing: "
                "**its numbers say how the evaluation works, not how good the answers are.**")
-    if evaluate.passed(c): verdict = "That is better than guessing, and not reliable."
+    if verdicts.passed(c): verdict = "That is better than guessing, and not reliable."
     if c["low"] > 90: verdict = "It tells right from wrong."
     return (
         "**Can it judge?** Shown the answer that people wrote to a test instruction and one that they wrote to "
@@ -433,7 +432,7 @@ def _answers(rows): # the ways to write the same answers
 def _ablation(base): return "ablation_" + re.sub(r"\W+", "_", base)  # the figure's name
 
 def _steps(r):
-    "Rows of measured training steps by base model."
+    "JsonlCache of measured training steps by base model."
     rows = [b for b in r["bench"] if "s_per_step" in b]
     return {base: [b for b in rows if b["base"] == base] for base in dict.fromkeys(b["base"] for b in rows)}
 
@@ -447,7 +446,7 @@ def section_speed(r: dict) -> str: # `r` from `collect`; Markdown
         text += (
             f" {s['graphs']} lengths of rows were recorded as CUDA graphs in {s['graph_seconds']:.0f} s.")
     if not r["bench"]:
-        text += " Other ways to compute a step were not measured beside this run (`02d_bench` shows how)."
+        text += " Other ways to compute a step were not measured beside this run (`02f_bench` shows how)."
     text += "\n" + _figure("padding", "What padding would have cost.")
     text += "".join(_one_base(base, rows) for base, rows in _steps(r).items())
     return text + (_answers(written) if written else "")
@@ -503,12 +502,12 @@ def _rated(judged): # the same for its ratings
 def _changes(r): # (1 better, -1 worse, 0 open; a sentence)
     if _evaluated(r): yield from _counted(r["evaluation"])
     for judged in _judges(r).values():
-        if evaluate.passed(judged["check"]):
+        if verdicts.passed(judged["check"]):
             yield from _preferred(judged)
             yield from _rated(judged)
 
 def _left_out(r): # the judges that failed
-    failed = [j for j in _judges(r).values() if not evaluate.passed(j["check"])]
+    failed = [j for j in _judges(r).values() if not verdicts.passed(j["check"])]
     if not failed: return ""
     names = [f"{escape_text(j['judge'])}: {_number(j['check']['win_rate'], 0)} %" for j in failed]
     who, its = ("1 judge", "its") if len(failed) == 1 else (f"{len(failed)} judges", "their")
@@ -627,9 +626,9 @@ def _page(html, figures): # one file that needs no other
 
 # %% ../nbs/05_report.ipynb #2c0129f6
 def _draw(r, run_dir): # the figures that are functions of the results
-    for judged in _judges(r).values(): evaluate.save_judge_figures(judged, run_dir)
+    for judged in _judges(r).values(): verdicts.save_judge_figures(judged, run_dir)
     for base, rows in _steps(r).items():
-        from dolly_lora.kernels import plot_ablation
+        from dolly_lora.engine.kernels import plot_ablation
         ways = "; ".join(f"{b['name']} {b['s_per_step']:.3f}" for b in rows)
         labelled = [b | {k: figure_text(b[k]) for k in ("name", "model", "device")} for b in rows]
         save_fig(plot_ablation(labelled), run_dir, _ablation(base), f"Seconds a step, "

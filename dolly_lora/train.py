@@ -4,264 +4,33 @@
 
 # %% ../nbs/02_train.ipynb #d0e8f560
 from __future__ import annotations
-import contextlib, errno, gc, json, math, os, re, shutil, sys, time, zipfile
+import gc, os
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-from dataclasses import replace
 from pathlib import Path
-from .config import (ConfigError, DollyError, Recipe, environment, escape_text, hold_run,
-                               read_json, short_path, start_run, write_json, write_text)
-import torch, transformers
-from fastcore.basics import patch
-from safetensors import safe_open
-from transformers import TrainerCallback, TrainerState
-from transformers.trainer_pt_utils import safe_globals
-from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTConfig, SFTTrainer
+import torch
+from .config import DollyError, Recipe
 from .data import encode_split, prepare_data
-from .packing import pack, padding_cost, share_out
-from .step import make_engine
-from .models import add_lora, check_base, compute_dtype, load_base, load_tokenizer
+from .engine.packing import padding_cost
+from .files import read_json, write_json
+from .models import check_base, load_tokenizer
+from .runs import hold_run, start_run
+from .trainer import (
+    explain_full_disk, fit, model_card, training_history, write_adapter)
 
 # %% auto #0
-__all__ = ['DollyTrainer', 'collate', 'Progress', 'training_arguments', 'last_checkpoint', 'summarise', 'model_card', 'train',
-           'plot_history']
-
-# %% ../nbs/02_train.ipynb #37b026c2
-class DollyTrainer(SFTTrainer):
-    "SFTTrainer whose steps and validations are computed by an engine, see `make_engine`."
-    engine = None
-
-    def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            make, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            flat = dict(params=[self.engine.flat.whole], weight_decay=self.args.weight_decay)
-            self.optimizer = make([flat], **kwargs)
-            # `flat.start` does it; the library's walks over all modules
-            self.model.zero_grad = lambda *args, **kwargs: None
-        return self.optimizer
-
-    def _clip_grad_norm(self, model):
-        return self.accelerator.clip_grad_norm_([self.engine.flat.whole], self.args.max_grad_norm)
-
-    def floating_point_ops(self, inputs): return 0          # nobody reads it
-    def create_model_card(self, *args, **kwargs): pass      # we write our own
-
-# %% ../nbs/02_train.ipynb #i4107953
-@patch
-def _summed(self: DollyTrainer, x): # over all processes
-    x = x.to(self.engine.flat.whole.device)
-    if self.args.world_size > 1: torch.distributed.all_reduce(x)
-    return x
-
-@patch
-def training_step(self: DollyTrainer, model, inputs, num_items_in_batch=None):
-    world, scaler, flat = self.args.world_size, self.accelerator.scaler, self.engine.flat
-    items = self._summed(sum((r.targets != -100).sum() for r in inputs["rows"]))
-    one = torch.ones((), device=flat.whole.device)
-    scale = scaler.scale(one) if scaler else one
-    seed = (self.args.seed * 10**6 + self.state.global_step) * world + self.args.process_index
-    flat.start()
-    loss = sum(self.engine.step(row, items / scale, seed) for row in inputs["rows"])
-    if world > 1: torch.distributed.all_reduce(flat.grad)
-    return loss / scale * world                    # the Trainer averages over processes
-
-@patch
-def evaluation_loop(self: DollyTrainer, dataloader, description, prediction_loss_only=None,
-                    ignore_keys=None, metric_key_prefix="eval"):
-    rows = [(self.engine.loss(r, 1), (r.targets != -100).sum()) for batch in dataloader for r in batch["rows"]]
-    nll, tokens = (self._summed(sum(column)) for column in zip(*rows))
-    metrics = {f"{metric_key_prefix}_loss": float(nll / tokens)}
-    return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
-
-# %% ../nbs/02_train.ipynb #i6876947
-def collate(
-    examples: list[dict], # input_ids and labels of a step, or of a batch of the validation split
-    token_budget: int,    # tokens of a row
-) -> dict[str, list]: # rows
-    "The rows of a batch."
-    lengths = [len(e["input_ids"]) for e in examples]
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    return dict(rows=[pack([examples[i] for i in r], [starts[i] for i in r])
-                      for r in share_out(lengths, token_budget)])
-
-# %% ../nbs/02_train.ipynb #5bfff79b
-class Progress(TrainerCallback):
-    "Times the steps, prints the live loss, validates at the end."
-    def __init__(self, log): self.log, self.step_s, self.since = log, 0.0, None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        done = [r for r in state.log_history if "train_s" in r]
-        self.step_s = done[-1]["train_s"] if done else 0.0
-        if state.global_step: _keep_best(state, Path(args.output_dir), self.log)
-
-    def on_step_begin(self, args, state, control, **kwargs): self.since = self.since or time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs): # the clock stands still while we log, validate and save
-        if state.global_step >= state.max_steps: control.should_evaluate = control.should_save = True
-        if control.should_save: control.should_log = True  # a resumed run averages from here, so this one does, too
-        if not (control.should_log or control.should_evaluate or control.should_save): return
-        if torch.cuda.is_available(): torch.cuda.synchronize()
-        self.step_s, self.since = self.step_s + time.perf_counter() - self.since, None
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        row = state.log_history[-1]
-        row["train_s"] = round(self.step_s, 3)
-        left = self.step_s / max(1, state.global_step) * (state.max_steps - state.global_step)
-        head = f"step {state.global_step:>5}/{state.max_steps}"
-        if "eval_loss" in row: self.log(f"{head}  validation loss {row['eval_loss']:.4f}")
-        elif "loss" in row:
-            times = f"{_clock(self.step_s)} elapsed, {_clock(left)} left"
-            self.log(f"{head}  loss {row['loss']:.4f}  lr {row['learning_rate']:.1e}  {times}")
-
-# %% ../nbs/02_train.ipynb #5bfff712
-def _clock(seconds): return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
-
-# %% ../nbs/02_train.ipynb #f8bf3adf
-class _Arguments(SFTConfig): # the Trainer would spread a model over all cards it sees (DataParallel)
-    "One process, one card."
-    @property
-    def n_gpu(self): return min(1, super().n_gpu)
-
-# %% ../nbs/02_train.ipynb #00594cab
-def training_arguments(
-    recipe: Recipe,  # the hyperparameters
-    run_dir: Path,   # checkpoints go to RUN_DIR/checkpoints
-    resuming: bool,  # a resumed run has already been validated at its start
-) -> SFTConfig: # for one card, however many there are
-    "The recipe as TRL's arguments."
-    dtype, cuda, world = compute_dtype(), torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
-    if recipe.batch_size % world:
-        raise ConfigError(f"batch_size={recipe.batch_size} cannot be shared by {world} processes: choose a multiple")
-    return _Arguments(
-        output_dir=str(Path(run_dir) / "checkpoints"),
-        num_train_epochs=recipe.epochs, max_steps=recipe.max_steps or -1,
-        per_device_train_batch_size=recipe.batch_size // world, per_device_eval_batch_size=64,
-        remove_unused_columns=False,
-        gradient_accumulation_steps=1, gradient_checkpointing=False, max_grad_norm=recipe.max_grad_norm,
-        learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", weight_decay=recipe.weight_decay,
-        warmup_steps=recipe.warmup_ratio,  # below 1: a share of the steps
-        optim=recipe.optimizer if cuda else "adamw_torch",
-        bf16=False, fp16=dtype == torch.float16,  # a bf16 model needs no autocast
-        eval_strategy="steps", eval_steps=recipe.eval_steps, eval_on_start=not resuming,
-        save_strategy="steps", save_steps=recipe.eval_steps, save_total_limit=2,
-        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
-        logging_steps=recipe.logging_steps, logging_nan_inf_filter=False, seed=recipe.seed, data_seed=recipe.seed,
-        dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,  # 01_data has tokenised and cut
-        dataloader_pin_memory=cuda, report_to="none", disable_tqdm=True, log_level="error", use_cpu=not cuda)
-
-# %% ../nbs/02_train.ipynb #32f2dbca
-def _read_tensors(path):
-    with safe_open(path, "pt") as f: sizes = [f.get_slice(name).get_shape() for name in f.keys()]
-    if not sizes: raise ValueError("no tensors")
-
-def _read_archive(path):
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip(): raise ValueError("a wrong checksum")
-    with safe_globals(): torch.load(path, map_location="cpu", weights_only=True)
-
-def _read_state(path):
-    state = TrainerState.load_from_json(str(path))
-    if f"checkpoint-{state.global_step}" != path.parent.name: raise ValueError("another step's state")
-    numbers = [(r["step"], r.get("eval_loss", 0.0)) for r in state.log_history]
-    if not numbers or not all(isinstance(s, int) and isinstance(l, float) for s, l in numbers):
-        raise ValueError("no history")
-
-# %% ../nbs/02_train.ipynb #6dd54c90
-def _damage(folder): # what is wrong with a checkpoint, or None
-    foreign = [p.name for p in folder.glob("*.bin") if p.name != "training_args.bin"]  # which nothing reads
-    if foreign: return f"{foreign[0]} is not of this course"
-    names = ["optimizer.pt", "scheduler.pt"] + [n for n in ["scaler.pt"] if (folder / n).exists()]  # fp16's
-    # one state of the random numbers for each process
-    names += [p.name for p in folder.glob("rng_state_*.pth")] or ["rng_state.pth"]
-    readers = {"adapter_model.safetensors": _read_tensors, "trainer_state.json": _read_state}
-    for name in [*readers, *names]:
-        if not (folder / name).exists(): return f"{name} is missing"
-        try: readers.get(name, _read_archive)(folder / name)
-        except Exception as e:  # a torn file leads to a dozen kinds
-            return f"{name} cannot be read ({type(e).__name__})"
-
-def last_checkpoint(
-    run_dir: Path, # of the run
-    log=lambda line: None, # gets a line for every checkpoint that is passed over
-) -> Path | None:  # the newest whole checkpoint
-    "Where to resume; a damaged checkpoint is passed over."
-    folders = [p for p in (Path(run_dir) / "checkpoints").glob("checkpoint-*") if p.name[11:].isdecimal()]
-    for folder in sorted(folders, key=lambda p: -int(p.name[11:])):
-        why = _damage(folder)
-        if why is None: return folder
-        log(f"warning: {folder.name} is passed over: {why}")
-
-# %% ../nbs/02_train.ipynb #0a4e50a4
-def _keep_best(state, folder, log): # in a TrainerState: the best checkpoint inside `folder`
-    losses = {r["step"]: r["eval_loss"] for r in state.log_history
-              if r["step"] and math.isfinite(r.get("eval_loss", math.nan))}
-    whole = [step for step in losses if not _damage(folder / f"checkpoint-{step}")]
-    best = min(whole, key=losses.get, default=None)
-    if best != state.best_global_step:
-        log(f"warning: checkpoint-{state.best_global_step}, the best so far, is missing or damaged: "
-            f"the best is now that of step {best}")
-    state.best_global_step, state.best_metric = best, losses.get(best)
-    state.best_model_checkpoint = str(folder / f"checkpoint-{best}") if best else None
-
-# %% ../nbs/02_train.ipynb #564bc165
-def summarise(
-    trainer,      # after training
-    counts: dict, # of the training split, from `encode_split`
-    facts: dict,  # what was measured around it
-) -> dict: # log: rows with step, epoch, loss, ...; validation: rows with step, eval_loss; summary
-    "The training history: what the curves are drawn from, and the run in numbers."
-    rows = trainer.state.log_history
-    pick = lambda r, names: {k: r[k] for k in names if k in r}
-    log = [pick(r, ("step", "epoch", "loss", "learning_rate", "grad_norm", "train_s"))
-           for r in rows if "loss" in r]
-    validation = [pick(r, ("step", "epoch", "eval_loss", "train_s")) for r in rows if "eval_loss" in r]
-    best = next((r for r in validation if r["step"] == trainer.state.best_global_step), validation[-1])
-    seconds, steps = rows[-1]["train_s"], trainer.state.global_step
-    tokens = counts["tokens"] * trainer.state.epoch
-    summary = dict(steps=steps, epochs=trainer.state.epoch, train_seconds=seconds,
-                   seconds_per_step=seconds / steps,
-                   real_tokens=round(tokens), real_tokens_per_second=tokens / seconds,
-                   first_validation_loss=validation[0]["eval_loss"], best_validation_loss=best["eval_loss"],
-                   best_step=best["step"], **facts)
-    return dict(summary=summary, log=log, validation=validation, environment=environment())
-
-# %% ../nbs/02_train.ipynb #564bc112
-def model_card(
-    recipe: Recipe, # of the run
-    history: dict,  # from `summarise`
-) -> str: # Markdown for adapter/README.md
-    "Says what the adapter is, how to load it, and under which licences."
-    s = history["summary"]
-    return f"""---
-base_model: {json.dumps(recipe.base)}
-library_name: peft
----
-
-# LoRA adapter, {recipe.preset} preset of dolly_lora
-
-Trained on {escape_text(recipe.dataset)} for {s["epochs"]:g} epochs
-({s["steps"]} steps of {recipe.batch_size} examples),
-rank {recipe.lora_r}, alpha {recipe.lora_alpha}, seed {recipe.seed}.
-Validation loss {s["first_validation_loss"]:.4f} before, {s["best_validation_loss"]:.4f} at step {s["best_step"]},
-whose weights these are.
-
-Load it with `PeftModel.from_pretrained(base_model, "adapter")`.
-Prompts: `### Instruction:`, optional `### Context:`, `### Response:`, as in 01_data.
-
-Licences: databricks-dolly-15k is CC BY-SA 3.0; LLaMA-2 has the Llama 2 community licence; SmolLM2 is Apache-2.0.
-"""
+__all__ = ['train', 'plot_history']
 
 # %% ../nbs/02_train.ipynb #2dc12d29
 def train(
     recipe: Recipe, # what to do
     run_dir: Path,  # where: adapter/, checkpoints/, training_history.json
     log=print,      # gets the live lines
-) -> dict: # the training history, see `summarise`; `DollyError` for a full disk, bad data, a base that cannot be had
+) -> dict: # the training history, see `training_history`; `DollyError` for a full disk, bad data, a base that cannot be had
     "Train adapters by the recipe, from the last whole checkpoint if there is one."
     start_run(recipe, run_dir)
     path = Path(run_dir) / "training_history.json"
     if path.exists() and (Path(run_dir) / "adapter" / "README.md").exists(): return read_json(path)
-    with hold_run(run_dir), _told_when_full(run_dir):
+    with hold_run(run_dir), explain_full_disk(run_dir):
         check_base(recipe)
         tokenizer, splits = load_tokenizer(recipe), prepare_data(recipe, run_dir)
         data = {name: encode_split(splits[name], tokenizer, recipe) for name in ("train", "val")}
@@ -269,116 +38,13 @@ def train(
             if not len(rows):
                 raise DollyError(f"no {name} example has room for a response within {recipe.max_length} tokens: "
                                  "set a larger max_length")
-        trainer, facts = _fit_somehow(recipe, run_dir, tokenizer, data, log)
+        trainer, facts = fit(recipe, run_dir, tokenizer, data, log)
         lengths = [len(i) for i in data["train"][0]["input_ids"]]
-        history = summarise(trainer, data["train"][1], facts | dict(padding=padding_cost(lengths, 4)))
+        history = training_history(trainer, data["train"][1], facts | dict(padding=padding_cost(lengths, 4)))
         if trainer.args.should_save: write_json(path, history)
-        _write_adapter(trainer, run_dir, model_card(recipe, history))
+        write_adapter(trainer, run_dir, model_card(recipe, history))
     del trainer; gc.collect(); torch.cuda.empty_cache()
     return history
-
-# %% ../nbs/02_train.ipynb #47ef64b0
-def _write_adapter(trainer, run_dir, card): # whole or not at all
-    folder, part = Path(run_dir) / "adapter", Path(run_dir) / "adapter.part"
-    try:
-        if trainer.args.should_save: shutil.rmtree(part, ignore_errors=True)  # of a process that died
-        trainer.save_model(str(part))
-        if not trainer.args.should_save: return  # the first of several processes writes
-        (part / "training_args.bin").unlink(missing_ok=True)  # a pickle
-        write_text(part / "README.md", card)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
-    finally:
-        if trainer.args.should_save: shutil.rmtree(part, ignore_errors=True)
-
-@contextlib.contextmanager
-def _told_when_full(run_dir):
-    try: yield
-    except Exception as e:  # OSError, RuntimeError, SafetensorError, and tokenizers' bare Exception
-        full = getattr(e, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-        words = "No space left|Disk quota|os error 28|PytorchStreamWriter failed|unexpected pos"
-        if isinstance(e, DollyError) or not (full or re.search(words, str(e))): raise
-        raise DollyError(f"the disk is full: what {short_path(run_dir)} had before is whole; make room, then "
-                         f"run the same again, it goes on from the last checkpoint") from None
-
-# %% ../nbs/02_train.ipynb #i9956253
-def _fit_somehow(recipe, run_dir, tokenizer, data, log): # the trainer and facts, in as much memory as there is
-    now, shrink = recipe, 1
-    while True:
-        try: return _fit(now, run_dir, tokenizer, data, log, shrink)
-        except torch.OutOfMemoryError:
-            if "LOCAL_RANK" in os.environ:
-                raise DollyError("out of GPU memory in one of several processes: set memory=frugal") from None
-        gc.collect(); torch.cuda.empty_cache()
-        if now.memory == "auto": now = replace(now, memory="frugal")
-        elif shrink < 16: shrink *= 2
-        else:
-            raise DollyError(f"out of GPU memory with rows of one example: "
-                             f"set memory=frugal or a max_length below {recipe.max_length}")
-        how = "activations are computed again" if shrink == 1 else f"rows are cut to 1/{shrink}"
-        log(f"out of memory: again from the last checkpoint, {how}; "
-            f"still {recipe.batch_size} examples a step")
-
-# %% ../nbs/02_train.ipynb #f99b9192
-def _fit(recipe, run_dir, tokenizer, data, log, shrink):
-    "One attempt: build model and trainer, resume or start, train to the end."
-    resume = last_checkpoint(run_dir, log)
-    model = add_lora(load_base(recipe), recipe)
-    # three checkpoints (weights and two moments) and the adapter, four bytes a number
-    _check_disk(run_dir, 40 * sum(p.numel() for p in model.parameters() if p.requires_grad))
-    model.config.use_cache = False
-    args = training_arguments(recipe, run_dir, resume is not None)
-    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    trainer = DollyTrainer(model=model, args=args, processing_class=tokenizer, callbacks=[Progress(log)],
-                           train_dataset=data["train"][0], eval_dataset=data["val"][0],
-                           data_collator=lambda e: collate(e, trainer.engine.plan.token_budget))
-    trainer.remove_callback(transformers.PrinterCallback)
-    for p in model.parameters():
-        if p.requires_grad: p.data = p.data.float()
-    engine = trainer.engine = make_engine(model, recipe)
-    engine.plan = replace(engine.plan, token_budget=engine.plan.token_budget // shrink)
-    log(str(engine.plan))
-    log(f"{type(engine).__name__}, "
-        f"attention {'over whole rows (varlen)' if engine.varlen else 'example by example (sdpa)'}")
-    if resume: log(f"resuming from {resume.name}")
-    if not (resume and _restore_finished(trainer, resume, log)):
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return trainer, _facts(trainer, resume)
-
-# %% ../nbs/02_train.ipynb #2dc5f293
-def _restore_finished(trainer, checkpoint, log): # of a last step: its history and the best weights; else False
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if state.global_step < state.max_steps: return False
-    _keep_best(state, checkpoint.parent, log)
-    trainer.state = state
-    trainer.model.load_adapter(state.best_model_checkpoint or str(checkpoint), "default")
-    return True
-
-# %% ../nbs/02_train.ipynb #f99b9117
-def _peak_memory(): # bytes
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
-    try: import resource
-    except ImportError:  # Windows
-        import psutil
-        return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-def _facts(trainer, resume): # what the history says besides the curves
-    engine = trainer.engine
-    graphs = getattr(engine, "graphs", None)
-    return dict(peak_memory_gib=_peak_memory() / 2**30, optimizer=trainer.args.optim.value,
-                trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-                resumed_from=resume and int(resume.name.split("-")[1]), engine=type(engine).__name__,
-                memory=str(engine.plan), token_budget=engine.plan.token_budget,
-                graphs=len(graphs.graphs) if graphs else 0, graph_seconds=graphs.seconds if graphs else 0.0)
-
-# %% ../nbs/02_train.ipynb #a3fb96c7
-def _check_disk(run_dir, need): # `DollyError` when there are less than `need` bytes
-    free = shutil.disk_usage(run_dir).free
-    if free < need:
-        raise DollyError(f"only {free / 2**20:,.0f} MiB free for {short_path(run_dir)}: checkpoints and adapter "
-                         f"want {need / 2**20:,.0f} MiB; make room or give another run_dir")
 
 # %% ../nbs/02_train.ipynb #60a1e007
 def plot_history(

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from conftest import cli
 from dolly_lora import bench
-from dolly_lora.config import PRESETS, read_json, sample_path
+from dolly_lora.config import PRESETS, sample_path
+from dolly_lora.files import read_json
 from dolly_lora.data import build_prompt, clean, encode_all, load_dolly, split
 
 RANDOM = replace(PRESETS["llama2"], base="random-7b", revision="")

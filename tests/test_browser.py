@@ -30,7 +30,8 @@ HOSTILE = ["""<img src=x onerror="window.owned=1">""", "</div></div><script>wind
 CHAT = r'''
 import time
 from transformers import LlamaForCausalLM
-from dolly_lora.chat import Chat, ChatUI
+from dolly_lora.conversation import Chat
+from dolly_lora.window import ChatUI
 from dolly_lora.config import PRESETS
 from dolly_lora.models import add_lora, tiny_model, tiny_tokenizer
 

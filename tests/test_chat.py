@@ -54,7 +54,7 @@ def slowed(model, seconds=0.05, fail_at=None):
 
 
 def chat(model, tokenizer, **kwargs):
-    from dolly_lora.chat import Chat
+    from dolly_lora.conversation import Chat
     return Chat(model, tokenizer, **dict(max_new_tokens=12) | kwargs)
 
 
@@ -88,7 +88,7 @@ def test_an_answer_is_that_of_generate_whatever_way_it_comes(model, tokenizer):
     from dolly_lora.generate import generate
     settings = dict(seed=42, temperature=0.0, top_p=1.0, max_new_tokens=12, system="")
     (expected,) = generate(model, tokenizer, [build_prompt("Name a colour.")], 12)
-    from dolly_lora.chat import Turn, stream_answer
+    from dolly_lora.conversation import Turn, stream_answer
     turn = Turn("Name a colour.", "tuned", settings)
     *_, last = stream_answer(model, tokenizer, build_prompt(turn.question), turn, threading.Event())
     assert turn.answer == last == expected.text and len(turn.ids) == expected.n_tokens
@@ -220,7 +220,7 @@ def test_sampling_heeds_temperature_top_p_and_seed(model, tokenizer):
 
 
 def test_truncation_drops_the_oldest_pairs_and_keeps_the_system_prompt(tokenizer, model):
-    from dolly_lora.chat import fit_prompt
+    from dolly_lora.conversation import fit_prompt
     history = [(f"question {i}", f"answer {i}") for i in range(6)]
     full, cut = fit_prompt(tokenizer, history, "last", 10_000, "Be brief.")
     assert cut == 0 and full.count("Be brief.") == 1 and full.index("Be brief.") < full.index("question 0")
@@ -240,7 +240,8 @@ HOSTILE = ["<img src=x onerror=alert(1)>", "</div></div><script>alert(1)</script
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_stays_text(text):
     from html.parser import HTMLParser
-    from dolly_lora.chat import Turn, render
+    from dolly_lora.conversation import Turn
+    from dolly_lora.window import render
     tags, shown, depth = [], [], [0]
     class Reader(HTMLParser):
         def handle_starttag(self, tag, attrs): tags.append((tag, dict(attrs))); depth[0] += tag not in ("br", "hr")
@@ -267,7 +268,7 @@ def test_save_says_how_it_was_made(model, tokenizer, tmp_path):
 
 @pytest.fixture()
 def ui(model, tokenizer, tmp_path):
-    from dolly_lora.chat import ChatUI
+    from dolly_lora.window import ChatUI
     return ChatUI(chat(model, tokenizer), folder=tmp_path)
 
 
@@ -345,7 +346,7 @@ def test_window_stop_and_few_updates(ui):
 
 
 def test_window_on_a_base_model(tokenizer):
-    from dolly_lora.chat import ChatUI
+    from dolly_lora.window import ChatUI
     from dolly_lora.models import tiny_model
     ui = ChatUI(chat(tiny_model(), tokenizer))
     assert ui.compare.disabled and ui.which.disabled and ui.which.value == "base"
@@ -429,9 +430,9 @@ def test_batch_goes_on_after_an_interruption(tiny_run, tmp_path):
     whole = (tmp_path / "a.jsonl").read_bytes(); rows = [json.loads(line) for line in whole.splitlines()]
     assert [r["instruction"] for r in rows] == [f"Name the number {i}." for i in range(6)] and all(set(r) == {"instruction", "context", "output", "finished"} for r in rows)
     (tmp_path / "a.jsonl").unlink()
-    interrupted = ("import os, sys, dolly_lora.generate as g\nadd = g.Rows.add\n"
+    interrupted = ("import os, sys, dolly_lora.generate as g\nadd = g.JsonlCache.add\n"
                    "def once(self, key, row):\n    add(self, key, row)\n    if len(self.rows) == 3: open(self.path, 'a').write('{\"key\": \"to'); os._exit(9)\n"
-                   "g.Rows.add = once\nfrom dolly_lora.cli import main\nmain()")
+                   "g.JsonlCache.add = once\nfrom dolly_lora.cli import main\nmain()")
     assert subprocess.run([sys.executable, "-c", interrupted, *map(str, call)], cwd=ROOT, capture_output=True).returncode == 9
     assert (tmp_path / "a.jsonl.rows").exists() and not (tmp_path / "a.jsonl").exists()
     done = cli(*call)

@@ -11,7 +11,8 @@ import pytest
 
 from conftest import ROOT
 from dolly_lora import cli
-from dolly_lora.config import PRESETS, start_run
+from dolly_lora.config import PRESETS
+from dolly_lora.runs import start_run
 
 NOISY = """
 import os, sys

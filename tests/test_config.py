@@ -9,9 +9,11 @@ from xml.etree import ElementTree
 import pytest
 
 from conftest import ROOT
-from dolly_lora import config
-from dolly_lora.config import (PRESETS, ConfigError, DollyError, escape_text, figure_text, hold_run, load_run, parse_overrides,
-                               project_root, publish, read_json, redact, resolve, save_fig, start_run, text_table, write_text)
+from dolly_lora import config, runs
+from dolly_lora.config import PRESETS, ConfigError, DollyError, parse_overrides, project_root, redact, resolve
+from dolly_lora.figures import escape_text, figure_text, save_fig, text_table
+from dolly_lora.runs import hold_run, load_run, start_run
+from dolly_lora.files import publish, read_json, write_text
 
 TINY = PRESETS["tiny"]
 
@@ -61,12 +63,12 @@ def test_the_commit_is_the_projects_own(tmp_path, monkeypatch):
     subprocess.run("git init -q && git -c user.name=a -c user.email=a@b commit -q --allow-empty -m x", shell=True, cwd=tmp_path, check=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DOLLY_LORA_COMMIT", raising=False)
-    assert config.environment()["commit"] is None
+    assert runs.environment()["commit"] is None
 
 
 HOLD = """
 import os, sys, time
-from dolly_lora.config import hold_run
+from dolly_lora.runs import hold_run
 with hold_run(sys.argv[1]):
     print("mine", flush=True)
     sys.stdin.read(1)

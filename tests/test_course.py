@@ -36,7 +36,7 @@ def test_official_formats(tiny_run):
 def test_running_again_resumes_and_changes_nothing(tiny_run, tmp_path):
     folder = tmp_path / "again"
     shutil.copytree(tiny_run[0], folder)
-    from dolly_lora.evaluate import judge_slug
+    from dolly_lora.verdicts import judge_slug
     before = {p: (folder / p).read_bytes() for p in ("training_history.json", "answers/test/tuned.json", "answers/mt_bench/model_answer/tiny-tuned.jsonl", f"judgments/mt_bench/model_judgment/{judge_slug('local tiny')}_single.jsonl")}
     (folder / "metrics.json").unlink()
     done = cli("run", "tiny", "--run-dir", folder)

@@ -13,9 +13,10 @@ import pytest
 
 from conftest import ROOT
 from dolly_lora import data
-from dolly_lora.config import PRESETS, Recipe, file_sha256, hold_run, read_json, sample_path
-from dolly_lora.data import (DataError, build_prompt, clean, encode, encode_split, load_dolly, normalise, prepare_data,
-                             split, strip_citations)
+from dolly_lora.config import PRESETS, Recipe, sample_path
+from dolly_lora.files import file_sha256, read_json
+from dolly_lora.runs import hold_run
+from dolly_lora.data import DataError, build_prompt, clean, encode, encode_split, load_dolly, normalise, prepare_data, split, strip_citations
 from dolly_lora.models import tiny_tokenizer
 
 CATEGORIES = {"open_qa", "closed_qa", "general_qa", "classification", "brainstorming", "information_extraction", "summarization", "creative_writing"}

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from conftest import ROOT
-from dolly_lora import alpaca, evaluate, judge, mtbench
-from dolly_lora.config import PRESETS, DollyError, hold_run, read_json, start_run, write_json, write_text
-from dolly_lora.generate import json_line
+from dolly_lora import alpaca, evaluate, judge, mtbench, verdicts
+from dolly_lora.config import PRESETS, DollyError
+from dolly_lora.runs import hold_run, start_run
+from dolly_lora.files import read_json, write_json, write_text
+from dolly_lora.files import json_line
 from dolly_lora.judge import Question, Reply, Scripted
 from dolly_lora.mtbench import OWN_PROMPTS, load_questions
 
@@ -50,9 +52,9 @@ def answers_in(run, alpaca_rows=None, questions=None, text="did it"):
 
 
 def judged_by(who, run, recipe=TINY):
-    verdicts = evaluate.judge_answers(who, recipe, run, RECORDS, lambda line: None)
-    evaluate.keep_verdicts(run, who.name, verdicts)
-    return evaluate.summarise(who, verdicts, load_questions(recipe.mtbench))
+    found = verdicts.judge_answers(who, recipe, run, RECORDS, lambda line: None)
+    verdicts.keep_verdicts(run, who.name, found)
+    return verdicts.summarise_verdicts(who, found, load_questions(recipe.mtbench))
 
 
 @pytest.fixture
@@ -115,49 +117,49 @@ def test_the_course_s_own_questions_are_not_official_for_any_endpoint(official_f
     for name in "gpt-4-1106-preview", "gpt-4", "stub":
         judged = judged_by(a_judge(name=name, official=True), answers_in(tmp_path / name))
         assert judged["official"] == dict(alpaca=False, mt_bench=False) and set(judged["unofficial"]) == {"alpaca", "mt_bench"}
-        evaluate.save_judge_figures(judged, tmp_path)
+        verdicts.save_judge_figures(judged, tmp_path)
         for kind in "win_rates", "mtbench_radar", "mtbench_turns":
             for text in (tmp_path / f"figures/{kind}_{name}.txt").read_text(), (tmp_path / f"figures/{kind}_{name}.svg").read_text():
                 assert f"{name}: not leaderboard numbers" in text or kind.endswith("svg") or "<use" in text
 
 
 def test_the_published_judge_sees_the_published_references(official_files):
-    assert evaluate._references(replace(TINY, mtbench="official", judge="gpt-4")) == mtbench.load_references("official")
-    assert evaluate._references(replace(TINY, mtbench="official", judge="other")) == mtbench.load_references("corrected")
+    assert verdicts._references(replace(TINY, mtbench="official", judge="gpt-4")) == mtbench.load_references("official")
+    assert verdicts._references(replace(TINY, mtbench="official", judge="other")) == mtbench.load_references("corrected")
 
 
 # Several judges
 
 def test_judges_stand_side_by_side_and_a_later_run_keeps_them(tmp_path):
     run = answers_in(tmp_path)
-    for name in "local tiny", "local-tiny", "local/tiny": evaluate.keep_judgment(run, judged_by(a_judge(name=name), run))
+    for name in "local tiny", "local-tiny", "local/tiny": verdicts.keep_judgment(run, judged_by(a_judge(name=name), run))
     judgments = read_json(run / "metrics.json")["judgments"]
     assert list(judgments) == ["local tiny", "local-tiny", "local/tiny"] and all(j["judge"] == name for name, j in judgments.items())
     assert len(list((run / "judgments/mt_bench/model_judgment").iterdir())) == len(list((run / "judgments/alpaca_eval").iterdir())) == 3
-    evaluate.keep_judgment(run, judged_by(a_judge(garbage, name="local tiny", weights="b"), run))
+    verdicts.keep_judgment(run, judged_by(a_judge(garbage, name="local tiny", weights="b"), run))
     judgments = read_json(run / "metrics.json")["judgments"]
     assert len(judgments) == 3 and judgments["local tiny"]["check"]["win_rate"] is None and judgments["local-tiny"]["check"]["win_rate"] == 50
     answers_in(run, text="did something else")                               # the model was trained again
-    evaluate.keep_judgment(run, judged_by(a_judge(name="new"), run))
+    verdicts.keep_judgment(run, judged_by(a_judge(name="new"), run))
     assert list(read_json(run / "metrics.json")["judgments"]) == ["new"]
 
 
 def test_old_metrics_and_other_keys_survive_a_judgment(tmp_path):
     run = answers_in(tmp_path)
     write_json(run / "metrics.json", dict(test=dict(base=1), judgments=dict(judge="local tiny", official=True, alpaca={})))
-    evaluate.keep_judgment(run, judged_by(a_judge(), run))
+    verdicts.keep_judgment(run, judged_by(a_judge(), run))
     assert read_json(run / "metrics.json")["test"] == dict(base=1) and list(read_json(run / "metrics.json")["judgments"]) == ["scripted"]
 
 
 def test_slugs_are_safe_and_never_the_same():
     names = ["gpt-4", "GPT-4", "local tiny", "local-tiny", "local/tiny", "local  tiny", "../../etc", "..", "", "né", "né", "a" * 300, "a" * 301, "$x$ <b>", "con/aux", "-a", "a"]
-    slugs = [evaluate.judge_slug(n) for n in names]
+    slugs = [verdicts.judge_slug(n) for n in names]
     assert len(set(slugs)) == len(set(names)) and all(re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,80}", s) and ".." not in s for s in slugs)
-    assert slugs[0] == "gpt-4" and evaluate.judge_slug(slugs[2]) != slugs[2]  # a name that looks like another's slug
+    assert slugs[0] == "gpt-4" and verdicts.judge_slug(slugs[2]) != slugs[2]  # a name that looks like another's slug
 
 
 def test_no_pair_s_name_leaves_the_folder(tmp_path):
-    evaluate.keep_verdicts(tmp_path / "run", "../../judge", dict(annotations={"base against ../../../evil": []}, judgments=[]))
+    verdicts.keep_verdicts(tmp_path / "run", "../../judge", dict(annotations={"base against ../../../evil": []}, judgments=[]))
     assert {p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*.json*")} == {"run"} and not list(tmp_path.glob("*.json*"))
 
 
@@ -167,8 +169,8 @@ def test_another_process_s_run_folder_is_not_written_to(tmp_path):
     p = subprocess.Popen([sys.executable, "-c", code, str(run)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert p.stdout.readline() == "held\n"
-        answer = evaluate.answerer(None, None, TINY, run, "base")
-        for write in (lambda: evaluate.judge_answers(a_judge(), TINY, run, RECORDS), lambda: evaluate.keep_verdicts(run, "j", {}), lambda: evaluate.keep_judgment(run, {}), lambda: answer(["x"])):
+        answer = evaluate.make_answerer(None, None, TINY, run, "base")
+        for write in (lambda: verdicts.judge_answers(a_judge(), TINY, run, RECORDS), lambda: verdicts.keep_verdicts(run, "j", {}), lambda: verdicts.keep_judgment(run, {}), lambda: answer(["x"])):
             with pytest.raises(DollyError, match=f"in use by process {p.pid} on"): write()
     finally: p.communicate("")
 
@@ -182,8 +184,8 @@ def test_a_judge_without_a_valid_reply_leaves_dashes_not_errors(tmp_path):
         pair, model = judged["alpaca"]["tuned against base"], judged["mt_bench"]["tiny-base"]
         assert [pair[k] for k in ("win_rate", "low", "high", "standard_error", "length_controlled_winrate")] == [None] * 5 and pair["n_total"] == 0 and pair["lc_refused"] == "no verdict is valid"
         assert pair["consistency"]["invalid"] == 16 and model["average"] is None and model["interval"] is None and model["n_invalid"] == 16
-        assert judged["check"]["low"] is None and not evaluate.passed(judged["check"])
-        evaluate.keep_judgment(run, judged); evaluate.save_judge_figures(judged, run)
+        assert judged["check"]["low"] is None and not verdicts.passed(judged["check"])
+        verdicts.keep_judgment(run, judged); verdicts.save_judge_figures(judged, run)
         assert "– (– to –)" in (run / f"figures/win_rates_{name}.txt").read_text() and "– and –" in (run / f"figures/mtbench_turns_{name}.txt").read_text()
     assert json.loads((run / "metrics.json").read_text())["judgments"]["garbage"]
 
@@ -192,12 +194,12 @@ def test_one_model_without_a_valid_rating_among_others(tmp_path):
     run = answers_in(tmp_path)
     judged = judged_by(a_judge(lambda q: garbage(q) if "tuned did" in q.messages[-1][1] else choosing(q)), run)
     assert judged["mt_bench"]["tiny-base"]["average"] == 7 and judged["mt_bench"]["tiny-tuned"]["average"] is None
-    evaluate.save_judge_figures(judged, run)
+    verdicts.save_judge_figures(judged, run)
 
 
 def test_passed_is_surely_above_a_coin():
-    assert evaluate.passed(dict(low=50.1)) and not evaluate.passed(dict(low=50.0)) and not evaluate.passed(dict(low=None))
-    assert evaluate.format_number(None) == "–" and evaluate.format_number(1.25, 2) == "1.25"
+    assert verdicts.passed(dict(low=50.1)) and not verdicts.passed(dict(low=50.0)) and not verdicts.passed(dict(low=None))
+    assert verdicts.format_number(None) == "–" and verdicts.format_number(1.25, 2) == "1.25"
 
 
 # Before the work begins, and before money is spent
@@ -207,15 +209,15 @@ def test_passed_is_surely_above_a_coin():
     (dict(judge="gpt-4"), "OPENAI_API_KEY is not set")])
 def test_the_check_before_the_work_names_what_is_missing(change, why, monkeypatch):
     for name in "OPENAI_API_KEY", "OPENAI_BASE_URL": monkeypatch.delenv(name, raising=False)
-    evaluate.check_evaluation(TINY)
-    with pytest.raises(DollyError, match=why) as e: evaluate.check_evaluation(replace(TINY, **change))
+    verdicts.check_evaluation(TINY)
+    with pytest.raises(DollyError, match=why) as e: verdicts.check_evaluation(replace(TINY, **change))
     assert "\n" not in str(e.value)
 
 
 def test_missing_official_prompts_are_found_before_the_work(monkeypatch):
     monkeypatch.setattr(evaluate, "check_judge", lambda recipe: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DollyError, match="no official judge prompt here"): evaluate.check_evaluation(replace(TINY, judge="stub"))
+    with pytest.raises(DollyError, match="no official judge prompt here"): verdicts.check_evaluation(replace(TINY, judge="stub"))
 
 
 def test_an_estimate_needs_no_package_no_network_and_no_key(official_files, tmp_path, monkeypatch):
@@ -223,10 +225,10 @@ def test_an_estimate_needs_no_package_no_network_and_no_key(official_files, tmp_
     run = answers_in(tmp_path, alpaca.load_instructions(official_files / "alpaca_eval/gpt4_1106_preview/model_outputs.json.xz"), load_questions("official"))
     recipe = replace(TINY, alpaca="official", mtbench="official", judge="gpt-4-1106-preview")
     reference = alpaca.load_reference(official_files / "alpaca_eval/gpt4_1106_preview/model_outputs.json.xz")
-    with patch.object(alpaca, "load_reference", lambda source: reference): exact = evaluate.estimate_cost(recipe, run, RECORDS)
+    with patch.object(alpaca, "load_reference", lambda source: reference): exact = verdicts.estimate_cost(recipe, run, RECORDS)
     def offline(*args): raise DollyError("offline")
     for module, name in (alpaca, "judge_prompt"), (alpaca, "fetch"), (mtbench, "fetch"): monkeypatch.setattr(module, name, offline)
-    about = evaluate.estimate_cost(recipe, run, RECORDS)
+    about = verdicts.estimate_cost(recipe, run, RECORDS)
     assert exact["exact"] and not about["exact"] and exact["judge"] == about["judge"] == "gpt-4-1106-preview"
     assert exact["calls"] == about["calls"] == 2 * (3 * 805 + 5) + 2 * 160 and abs(about["tokens"] / exact["tokens"] - 1) < 0.02 and about["usd"] == pytest.approx(exact["usd"], rel=0.02)
     assert not (run / "judgments").exists()
@@ -245,10 +247,10 @@ def test_known_lengths_are_those_of_the_official_files(official_files):
 
 def test_an_estimate_for_a_local_judge_counts_what_is_left(tmp_path):
     run = answers_in(tmp_path)
-    first = evaluate.estimate_cost(TINY, run, RECORDS)
+    first = verdicts.estimate_cost(TINY, run, RECORDS)
     assert first["usd"] == 0 and first["exact"] and first["calls"] > 60
     judged_by(a_judge(name="local tiny", weights="tiny"), run)
-    assert evaluate.estimate_cost(TINY, run, RECORDS)["calls"] == 0
+    assert verdicts.estimate_cost(TINY, run, RECORDS)["calls"] == 0
 
 
 # The measures
@@ -271,11 +273,11 @@ def test_answers_of_a_local_folder_depend_on_its_contents(tmp_path):
     base, run = tmp_path / "base", tmp_path / "run"
     base.mkdir(); (base / "config.json").write_text("{}"); (base / "model.safetensors").write_bytes(b"one")
     recipe = replace(TINY, base=str(base))
-    before = evaluate.made_with(recipe, run, "base")
+    before = evaluate.provenance(recipe, run, "base")
     (base / "notes.md").write_text("not a part of the model")
-    assert evaluate.made_with(recipe, run, "base") == before
+    assert evaluate.provenance(recipe, run, "base") == before
     (base / "model.safetensors").write_bytes(b"two")
-    assert evaluate.made_with(recipe, run, "base") != before
+    assert evaluate.provenance(recipe, run, "base") != before
 
 
 # 03_eval's own cells
@@ -303,7 +305,7 @@ def test_03_eval_ends_with_a_judge_whose_replies_are_all_invalid(tmp_path):
     with patch("dolly_lora.judge.make_judge", lambda *args: a_judge(garbage, "local tiny")): run_cells("03_eval", **parameters(tmp_path))
     metrics = read_json(tmp_path / "metrics.json")
     assert metrics["judgments"]["local tiny"]["alpaca"]["tuned against base"]["win_rate"] is None and metrics["test"]["tuned"]["loss"] > 0
-    evaluate.keep_judgment(tmp_path, judged_by(a_judge(name="another"), tmp_path))
+    verdicts.keep_judgment(tmp_path, judged_by(a_judge(name="another"), tmp_path))
     run_cells("03_eval", **parameters(tmp_path))                             # again, with its own judge, from the cache
     judgments = read_json(tmp_path / "metrics.json")["judgments"]
     assert set(judgments) == {"another", "local tiny"} and judgments["local tiny"]["check"]["win_rate"] is not None

@@ -137,7 +137,8 @@ def fill(disk):
 def test_full_disk_at_a_checkpoint(small_disk, tmp_path):
     from dataclasses import replace
     from dolly_lora.config import PRESETS, DollyError
-    from dolly_lora.train import last_checkpoint, train
+    from dolly_lora.trainer import last_checkpoint
+    from dolly_lora.train import train
     recipe = replace(PRESETS["tiny"], max_steps=9, eval_steps=3)
     def log(line):
         if line.startswith("step     5/9"): fill(small_disk)
@@ -151,9 +152,11 @@ def test_full_disk_at_a_checkpoint(small_disk, tmp_path):
 
 def test_full_disk_at_an_answer_and_a_figure(small_disk):
     import matplotlib.pyplot as plt
-    from dolly_lora.config import DollyError, save_fig, write_json
-    from dolly_lora.generate import Rows
-    rows = Rows(small_disk / "answers.jsonl")
+    from dolly_lora.config import DollyError
+    from dolly_lora.figures import save_fig
+    from dolly_lora.files import write_json
+    from dolly_lora.files import JsonlCache
+    rows = JsonlCache(small_disk / "answers.jsonl")
     for n in range(10):
         rows.add(f"key {n}", dict(text="x" * 500))
     figure = lambda: save_fig(plt.figure(), small_disk, "curve", "nothing")
@@ -168,7 +171,7 @@ def test_full_disk_at_an_answer_and_a_figure(small_disk):
     (small_disk / "ballast").unlink()
     assert {p.name: p.read_bytes() for p in small_disk.rglob("*") if p.is_file()} == before
     rows.add("key 10", dict(text="x"))
-    assert len(Rows(small_disk / "answers.jsonl").rows) == 11
+    assert len(JsonlCache(small_disk / "answers.jsonl").rows) == 11
 
 
 class Echo(http.server.BaseHTTPRequestHandler):

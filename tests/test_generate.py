@@ -16,7 +16,9 @@ import torch
 from conftest import ROOT
 from dolly_lora.config import PRESETS, DollyError, sample_path
 from dolly_lora.data import build_prompt
-from dolly_lora.generate import Rows, attend_cached, generate, weights_fingerprint
+from dolly_lora.files import JsonlCache
+from dolly_lora.engine.decoder import attend_cached
+from dolly_lora.generate import generate, weights_fingerprint
 from dolly_lora.models import add_lora, load_base, load_tokenizer, tiny_model
 
 try:
@@ -55,7 +57,7 @@ def test_mixed_temperatures_and_adapters_too():
 
 KERNEL = """
 import torch
-from dolly_lora.generate import _attend_cached_triton, attend_cached
+from dolly_lora.engine.decoder import _attend_cached_triton, attend_cached
 for heads, key_heads, size in ((6, 2, 16), (4, 4, 64), (9, 3, 64)):
     q, (k, v), seen = torch.randn(3, heads, size), torch.randn(2, 3, key_heads, 100, size), torch.tensor([1, 70, 100])
     torch.testing.assert_close(_attend_cached_triton(q, k, v, seen, 100), attend_cached(q, k, v, seen, 100), rtol=1e-4, atol=1e-5)
@@ -76,12 +78,13 @@ from unittest.mock import patch
 from pathlib import Path
 sys.path.insert(0, "tests")
 from test_generate import PROMPTS, TOKENIZER
-from dolly_lora.generate import Rows, generate
+from dolly_lora.files import JsonlCache
+from dolly_lora.generate import generate
 from dolly_lora.models import tiny_model
-slow, add = float(sys.argv[2]), Rows.add
+slow, add = float(sys.argv[2]), JsonlCache.add
 def waiting(self, key, row): add(self, key, row); time.sleep(slow)
-with patch.object(Rows, "add", waiting):
-    answers = generate(tiny_model().eval(), TOKENIZER, PROMPTS, 24, 4, [0.0, 0.8] * (len(PROMPTS) // 2), rows=Rows(sys.argv[1]), made_with=dict(model="tiny"))
+with patch.object(JsonlCache, "add", waiting):
+    answers = generate(tiny_model().eval(), TOKENIZER, PROMPTS, 24, 4, [0.0, 0.8] * (len(PROMPTS) // 2), rows=JsonlCache(sys.argv[1]), provenance=dict(model="tiny"))
 print(len(answers))
 """
 
@@ -104,10 +107,10 @@ def test_killed_and_started_again_gives_the_same_file_and_asks_nothing_twice(tmp
 
 
 def test_what_an_answer_depends_on_is_in_its_key(tmp_path):
-    model, rows = tiny_model().eval(), lambda: Rows(tmp_path / "a.jsonl")
-    ask = lambda **how: generate(model, TOKENIZER, PROMPTS[:2], **dict(max_new_tokens=4, rows=rows(), made_with=dict(model="a")) | how)
+    model, rows = tiny_model().eval(), lambda: JsonlCache(tmp_path / "a.jsonl")
+    ask = lambda **how: generate(model, TOKENIZER, PROMPTS[:2], **dict(max_new_tokens=4, rows=rows(), provenance=dict(model="a")) | how)
     ask()
-    for how, more in (dict(), 0), (dict(seed=7), 0), (dict(batch_size=1), 0), (dict(max_new_tokens=5), 2), (dict(temperature=1.0), 2), (dict(temperature=1.0, seed=7), 2), (dict(made_with=dict(model="b")), 2):
+    for how, more in (dict(), 0), (dict(seed=7), 0), (dict(batch_size=1), 0), (dict(max_new_tokens=5), 2), (dict(temperature=1.0), 2), (dict(temperature=1.0, seed=7), 2), (dict(provenance=dict(model="b")), 2):
         before = len(rows().rows); ask(**how)
         assert len(rows().rows) - before == more, how
 
@@ -117,15 +120,15 @@ def test_what_an_answer_depends_on_is_in_its_key(tmp_path):
 def test_a_second_writer_is_noticed_and_loses_nothing(tmp_path):
     """Issue 10: two processes on one file, and 101 of 102 rows were gone."""
     path = tmp_path / "a.jsonl"
-    Rows(path).add("first", dict(n=0))
+    JsonlCache(path).add("first", dict(n=0))
     with open(path, "a") as f: f.write('{"key": "torn')
-    one, other = Rows(path), Rows(path)
+    one, other = JsonlCache(path), JsonlCache(path)
     for n in range(100): one.add(f"one {n}", dict(n=n))
     with pytest.raises(DollyError, match="a.jsonl was changed by another process") as e: other.add("other", dict(n=1))
-    assert "\n" not in str(e.value) and len(Rows(path).rows) == 101
-    again = Rows(path); again.add("other", dict(n=1))
+    assert "\n" not in str(e.value) and len(JsonlCache(path).rows) == 101
+    again = JsonlCache(path); again.add("other", dict(n=1))
     with pytest.raises(DollyError, match="changed by another"): one.add("late", {})
-    assert len(Rows(path).rows) == 102
+    assert len(JsonlCache(path).rows) == 102
     path.write_text("")                                                     # or somebody emptied it
     with pytest.raises(DollyError, match="changed by another"): again.add("more", {})
 
@@ -133,10 +136,10 @@ def test_a_second_writer_is_noticed_and_loses_nothing(tmp_path):
 FULL = """
 import resource, signal, sys
 from dolly_lora.config import DollyError
-from dolly_lora.generate import Rows
+from dolly_lora.files import JsonlCache
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-rows, n = Rows(sys.argv[1]), 0
+rows, n = JsonlCache(sys.argv[1]), 0
 try:
     for n in range(100): rows.add(f"key {n}", dict(text="x" * 900))
 except DollyError as e: print(n, e)
@@ -150,7 +153,7 @@ def test_a_row_that_does_not_fit_on_the_disk_is_taken_back(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL, tmp_path / "a.jsonl"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     n, message = done.stdout.split("\n")[0].split(" ", 1)
     assert message.startswith("cannot write") and "make room" in message and done.stdout.split("\n")[1] == "small fits", done.stdout + done.stderr
-    assert list(Rows(tmp_path / "a.jsonl").rows) == [f"key {i}" for i in range(int(n))] + ["small"] and (tmp_path / "a.jsonl").read_bytes().endswith(b"\n")
+    assert list(JsonlCache(tmp_path / "a.jsonl").rows) == [f"key {i}" for i in range(int(n))] + ["small"] and (tmp_path / "a.jsonl").read_bytes().endswith(b"\n")
 
 
 TEXTS = st.text(st.characters(exclude_categories=[])) if st else None       # lone surrogates among them
@@ -163,11 +166,11 @@ def test_any_text_comes_back_from_the_file():
     def comes_back(rows, torn):
         with tempfile.TemporaryDirectory() as d:
             path = Path(d) / "a.jsonl"
-            for k, v in rows.items(): Rows(path).add(k, v)
+            for k, v in rows.items(): JsonlCache(path).add(k, v)
             with open(path, "ab") as f: f.write(torn)
-            assert Rows(path).rows == rows
-            Rows(path).add("last", dict(text="\u2028 \x0c \ud83d"))
-            assert Rows(path).rows == rows | dict(last=dict(text="\u2028 \x0c \ud83d"))
+            assert JsonlCache(path).rows == rows
+            JsonlCache(path).add("last", dict(text="\u2028 \x0c \ud83d"))
+            assert JsonlCache(path).rows == rows | dict(last=dict(text="\u2028 \x0c \ud83d"))
     comes_back()
 
 
@@ -178,13 +181,13 @@ def test_any_bytes_are_rows_or_one_line_that_names_the_file():
     def is_read(data):
         with tempfile.TemporaryDirectory() as d:
             (Path(d) / "a.jsonl").write_bytes(data)
-            try: Rows(Path(d) / "a.jsonl")
+            try: JsonlCache(Path(d) / "a.jsonl")
             except DollyError as e: assert "a.jsonl line" in str(e) and "\n" not in str(e)
     is_read()
 
 
 def test_a_row_without_an_answer_is_asked_again(tmp_path):
-    model, rows = tiny_model().eval(), lambda: Rows(tmp_path / "a.jsonl")
+    model, rows = tiny_model().eval(), lambda: JsonlCache(tmp_path / "a.jsonl")
     ask = lambda: generate(model, TOKENIZER, PROMPTS[:1], 4, rows=rows())
     answer, key = ask(), list(rows().rows)[0]
     for bad in dict(), dict(text=None, n_tokens=1, finished=True), dict(text="a"), dict(text="a", n_tokens="b", finished=True), dict(other=1):
@@ -204,7 +207,7 @@ def test_a_folder_s_fingerprint_is_its_contents(tmp_path):
 
 @needs_gpu
 def test_gpu_cached_attention_kernel_equals_the_formula():
-    from dolly_lora.generate import _attend_cached_triton
+    from dolly_lora.engine.decoder import _attend_cached_triton
     for heads, key_heads, size in (32, 32, 128), (9, 3, 64), (4, 2, 16):
         for dtype in torch.float32, torch.bfloat16:
             q, (k, v), seen = torch.randn(70, heads, size, device="cuda", dtype=dtype), torch.randn(2, 70, key_heads, 300, size, device="cuda", dtype=dtype), torch.randint(1, 301, (70,), device="cuda")

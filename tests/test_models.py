@@ -15,8 +15,7 @@ from transformers import MixtralConfig, Phi3Config, Qwen2Config, Qwen3Config, T5
 from conftest import ROOT
 from dolly_lora import models
 from dolly_lora.config import PRESETS
-from dolly_lora.models import (ModelError, add_lora, check_base, device, load_base, load_tokenizer, load_tuned,
-                               lora_parameter_count, packaged_smollm2, tiny_model, tiny_tokenizer)
+from dolly_lora.models import ModelError, add_lora, check_base, device, load_base, load_tokenizer, load_tuned, lora_parameter_count, packaged_smollm2, tiny_model, tiny_tokenizer
 from dolly_lora.train import train
 
 SHAPE = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,

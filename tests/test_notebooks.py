@@ -51,7 +51,7 @@ def test_nothing_scrolls_sideways_and_figures_can_be_read_out(path):
         assert len(output["metadata"]["image/png"]["alt"]) > 20
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem not in ("index", "06_cli")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem not in ("index", "cli")], ids=lambda p: p.stem)
 def test_carries_the_outputs_of_a_demo_run(path):
     shows = [c for c in cells(path) if re.search(r"\bprint\(|save_fig\(|pd\.DataFrame\(", source(c)) and not source(c).startswith("#|")]
     assert shows and sum(bool(c["outputs"]) for c in shows) >= 0.8 * len(shows)
@@ -89,7 +89,7 @@ def test_library_does_not_import_nbdev_or_widgets_at_import():
 def test_committed_report_is_of_a_gpu_run_on_the_whole_of_dolly():
     if not (ROOT / "report/results.json").exists():
         pytest.skip("no report is committed yet")
-    from dolly_lora.evaluate import judge_slug
+    from dolly_lora.verdicts import judge_slug
     results, page = json.loads((ROOT / "report/results.json").read_text()), (ROOT / "report/report.html").read_text()
     assert results["environment"]["gpu"] and results["data"]["cleaning"]["read"] == 15011 and results["recipe"]["epochs"] == 3 and results["recipe"]["batch_size"] == 16
     assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "not LLaMA-2-7B" in page

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dolly_lora.chat import safe_html
+from dolly_lora.window import safe_html
 from dolly_lora.cli import read_prompts
-from dolly_lora.config import (PRESETS, ConfigError, DollyError, escape_text, load_run,
-                               parse_overrides, resolve)
+from dolly_lora.config import PRESETS, ConfigError, DollyError, parse_overrides, resolve
+from dolly_lora.figures import escape_text
+from dolly_lora.runs import load_run
 from dolly_lora.data import FIELDS, build_prompt, clean, encode, load_dolly, split
-from dolly_lora.generate import Rows
+from dolly_lora.files import JsonlCache
 from dolly_lora.judge import Reply
 from dolly_lora.models import tiny_tokenizer
 from dolly_lora.mtbench import load_questions, load_references, rating, winner
@@ -179,13 +180,13 @@ def test_verdicts(text, logprobs):
 def test_rows(data, new, folder):
     path = folder / "rows.jsonl"
     path.write_bytes(data)
-    rows = read_or_refused(lambda: Rows(path))
+    rows = read_or_refused(lambda: JsonlCache(path))
     if rows is None:
         assert path.read_bytes() == data  # what could not be read is not lost
         return
     before = dict(rows.rows)
     rows.add("a new one", dict(text=new))
-    assert Rows(path).rows == before | {"a new one": dict(text=new)} or before != before  # nan is no number
+    assert JsonlCache(path).rows == before | {"a new one": dict(text=new)} or before != before  # nan is no number
 
 
 @many

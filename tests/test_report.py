@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dolly_lora.config import PRESETS, DollyError, write_json
-from dolly_lora.evaluate import judge_slug
+from dolly_lora.config import PRESETS, DollyError
+from dolly_lora.files import write_json
+from dolly_lora.verdicts import judge_slug
 from dolly_lora.report import collect, report_markdown, section_discussion, section_implementation, section_judged, write_report
 
 OPTIONAL = "metrics.json", "before_after.json", "data/tokens.json", "stages.json", "bench.jsonl"

@@ -16,10 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
-from dolly_lora import train as library
-from dolly_lora.config import PRESETS, DollyError, hold_run
-from dolly_lora.step import FusedLlama
-from dolly_lora.train import DollyTrainer, last_checkpoint, model_card, train, training_arguments
+from dolly_lora import train as library, trainer as trainer_module
+from dolly_lora.config import PRESETS, DollyError
+from dolly_lora.runs import hold_run
+from dolly_lora.engine.step import FusedLlama
+from dolly_lora.trainer import DollyTrainer, last_checkpoint, model_card, training_arguments
+from dolly_lora.train import train
 from test_models import plant
 
 RECIPE = replace(PRESETS["tiny"], max_steps=12, eval_steps=4)
@@ -125,7 +127,7 @@ def test_a_run_that_died_before_its_card_trains_no_further_step(rising, tmp_path
     assert again["summary"]["train_seconds"] == pytest.approx(history["summary"]["train_seconds"], abs=0.01)
 
 
-DIE = TRAIN.replace("import train; train(", "import train; import os; import dolly_lora.train as t; "
+DIE = TRAIN.replace("import train; train(", "import train; import os; import dolly_lora.trainer as t; "
                     "t.write_text = lambda *a: os._exit(9); train(")
 
 
@@ -284,11 +286,11 @@ def test_peak_memory_in_bytes_on_every_system(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", SimpleNamespace(getrusage=lambda who: usage, RUSAGE_SELF=0))
     for platform, unit in ("linux", 1024), ("darwin", 1):
         monkeypatch.setattr(sys, "platform", platform)
-        assert library._peak_memory() == usage.ru_maxrss * unit
+        assert trainer_module._peak_memory() == usage.ru_maxrss * unit
     monkeypatch.setitem(sys.modules, "resource", None)     # as on Windows: it cannot be imported
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=12345))
     monkeypatch.setattr("psutil.Process", lambda: process)
-    assert library._peak_memory() == 12345
+    assert trainer_module._peak_memory() == 12345
 
 
 def test_no_module_of_ours_imports_resource_when_it_is_loaded():

@@ -9,10 +9,10 @@ from conftest import ROOT
 
 LATE = """
 import random, time
-import dolly_lora.generate
+import dolly_lora.engine.decoder
 from transformers import TextStreamer
 
-dice, put, fill, step = random.Random(7), TextStreamer.put, dolly_lora.generate.fill, dolly_lora.generate.step
+dice, put, fill, step = random.Random(7), TextStreamer.put, dolly_lora.engine.decoder.fill, dolly_lora.engine.decoder.step
 
 def late_put(streamer, value):
     streamer.puts = getattr(streamer, "puts", 0) + 1      # the prompt is put first, then each token
@@ -27,7 +27,7 @@ def late_step(decoder):
     time.sleep(dice.choice([0, 0, 0.05]))
     return step(decoder)
 
-TextStreamer.put, dolly_lora.generate.fill, dolly_lora.generate.step = late_put, late_fill, late_step
+TextStreamer.put, dolly_lora.engine.decoder.fill, dolly_lora.engine.decoder.step = late_put, late_fill, late_step
 """
 
 

@@ -13,12 +13,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ROOT
-from dolly_lora import kernels, packing
+from dolly_lora.engine import kernels, packing
 from dolly_lora.config import PRESETS, DollyError
 from dolly_lora.models import add_lora, load_base, tiny_model, tiny_tokenizer
-from dolly_lora.packing import PackedModel, pack, share_out
-from dolly_lora.step import FusedLlama, Plan, fits_llama, make_engine
-from dolly_lora.train import collate, last_checkpoint, train
+from dolly_lora.engine.packing import PackedModel, pack, share_out
+from dolly_lora.engine.step import FusedLlama, make_engine
+from dolly_lora.engine.memory import MemoryPlan
+from dolly_lora.engine.blocks import fits_llama
+from dolly_lora.trainer import collate, last_checkpoint
+from dolly_lora.train import train
 
 TINY = replace(PRESETS["tiny"], lora_dropout=0.0)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8, reason="no GPU of compute capability 8.0")
@@ -59,7 +62,7 @@ def test_step_equals_peft_for_other_ranks_and_heads(rank, heads):
     config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=heads, tie_word_embeddings=heads == 1)
     results, examples = [], some()
     row = pack(examples)
-    for make in (PackedModel, lambda m: FusedLlama(m, Plan(True, True, 1024))):
+    for make in (PackedModel, lambda m: FusedLlama(m, MemoryPlan(True, True, 1024))):
         torch.manual_seed(0)
         model = adapted(LlamaForCausalLM(config), replace(TINY, lora_r=rank))
         engine = make(model)
@@ -75,7 +78,7 @@ def test_rows_add_up_to_the_step(dropout):
     items = sum((r.targets != -100).sum() for r in [pack(examples)])
     for budget in (2000, 300, 1):
         model = adapted(tiny_model(), replace(TINY, lora_dropout=dropout))
-        engine = FusedLlama(model, Plan(True, budget == 300, budget))
+        engine = FusedLlama(model, MemoryPlan(True, budget == 300, budget))
         rows = collate(examples, budget)["rows"]
         results.append((len(rows), sum(engine.loss(r, items, 5, True) for r in rows), engine.flat.grad.clone()))
     assert [r[0] for r in results][0] == 1 and results[2][0] == 8
@@ -96,7 +99,7 @@ import torch
 from test_speed import *
 examples, found = some(3, 40), []
 for ops, budget in ((kernels.TRITON, 200), (kernels.TRITON, 40), (kernels.PLAIN, 200)):
-    engine = FusedLlama(adapted(tiny_model(), replace(TINY, lora_r=20, lora_dropout=0.0 if ops is kernels.PLAIN else DROPOUT)), Plan(True, True, budget), ops=ops)
+    engine = FusedLlama(adapted(tiny_model(), replace(TINY, lora_r=20, lora_dropout=0.0 if ops is kernels.PLAIN else DROPOUT)), MemoryPlan(True, True, budget), ops=ops)
     found.append((sum(engine.loss(r, 40, 3, True) for r in collate(examples, budget)["rows"]), engine.flat.grad))
 same = lambda a, b: all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(a, b))
 print(same(found[0], found[1]), same(found[0], found[2]))
@@ -124,7 +127,7 @@ def test_half_precision_as_on_a_t4():
     """fp16 weights and activations, float32 adapters and gradients, the loss kept large: near the float32 step, nothing overflows."""
     row, results = pack(some()), []
     for dtype, scale in ((torch.float32, 1.0), (torch.float16, 2.0**16)):
-        engine = FusedLlama(adapted(tiny_model().to(dtype)), Plan(True, True, 1024))
+        engine = FusedLlama(adapted(tiny_model().to(dtype)), MemoryPlan(True, True, 1024))
         assert engine.flat.whole.dtype == engine.flat.grad.dtype == torch.float32 and engine.low.dtype == dtype
         results.append((engine.loss(row, 300 / scale, 1, True) / scale, engine.flat.grad / scale))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-3, atol=0)
@@ -142,7 +145,7 @@ def curve(history): return [r["loss"] for r in history["log"]] + [r["eval_loss"]
 
 def test_training_takes_the_plain_path_for_what_is_no_llama_and_learns_the_same(tmp_path):
     fast = train(TINY, tmp_path / "fast", log=lambda line: None)
-    with patch("dolly_lora.step.fits_llama", return_value=False):
+    with patch("dolly_lora.engine.step.fits_llama", return_value=False):
         plain = train(TINY, tmp_path / "plain", log=lambda line: None)
     assert (fast["summary"]["engine"], plain["summary"]["engine"]) == ("FusedLlama", "PackedModel")
     assert curve(fast) == pytest.approx(curve(plain), abs=2e-5)
@@ -202,7 +205,7 @@ def small(tmp_path_factory):
 
 
 @needs_gpu
-@pytest.mark.parametrize("plan", [Plan(True, False, 8192), Plan(False, False, 8192), Plan(False, True, 2048)], ids=str)
+@pytest.mark.parametrize("plan", [MemoryPlan(True, False, 8192), MemoryPlan(False, False, 8192), MemoryPlan(False, True, 2048)], ids=str)
 def test_gpu_bf16_is_as_near_to_the_truth_as_the_plain_path(small, plan):
     """Truth: the dequantised weights in float32. The fast path may be no further from it than PEFT in bf16 is, with a little room."""
     recipe, row, results = replace(small, lora_dropout=0.0), pack(some(16)), []
@@ -230,7 +233,7 @@ def test_gpu_kernels_equal_the_formulas_in_a_whole_step():
     row, results = pack(examples), []
     for ops in (kernels.PLAIN, kernels.TRITON):
         model = adapted(load_base(TINY))
-        engine = FusedLlama(model, Plan(True, False, 8192), graphs=False, ops=ops)
+        engine = FusedLlama(model, MemoryPlan(True, False, 8192), graphs=False, ops=ops)
         results.append((engine.loss(row, 100, gradient=True), engine.flat.grad.clone()))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-5)
@@ -296,7 +299,7 @@ def test_gpu_adapter_is_a_plain_peft_adapter(small, tmp_path):
     row = pack(some(4))
     model = PeftModel.from_pretrained(load_base(small), tmp_path / "adapter", is_trainable=True)
     for p in model.parameters(): p.data = p.data.float() if p.requires_grad else p.data
-    fast = FusedLlama(model, Plan(True, False, 8192)).logits(row)
+    fast = FusedLlama(model, MemoryPlan(True, False, 8192)).logits(row)
     alone = PeftModel.from_pretrained(load_base(small), tmp_path / "adapter").eval()
     with torch.inference_mode(): plain = torch.cat([alone(input_ids=torch.tensor([e["input_ids"]], device="cuda")).logits[0] for e in some(4)])
     assert (fast.float() - plain.float()).norm() / plain.float().norm() < 0.01

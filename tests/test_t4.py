@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dolly_lora import kernels, models, packing
-from dolly_lora.chat import Chat
+from dolly_lora import models
+from dolly_lora.engine import kernels, packing
+from dolly_lora.conversation import Chat
 from dolly_lora.config import PRESETS
 from dolly_lora.data import build_prompt
 from dolly_lora.generate import generate
 from dolly_lora.models import add_lora, compute_dtype, load_tokenizer, load_tuned, quantization_config, tiny_model
-from dolly_lora.step import plan_memory
+from dolly_lora.engine.memory import plan_memory
 from dolly_lora.train import train
 
 T4, TINY = PRESETS["llama2-t4"], PRESETS["tiny"]
@@ -40,7 +41,7 @@ def test_a_whole_run_in_fp16(half, tmp_path):
     """Training with a scaled loss and float32 adapters, the saved adapter, answers and the chat: near float32, nothing overflows."""
     recipe = replace(TINY, memory="frugal", lora_dropout=0.0)
     run = train(recipe, tmp_path / "half", log=lambda line: None)
-    with patch("dolly_lora.models.compute_dtype", return_value=torch.float32), patch("dolly_lora.train.compute_dtype", return_value=torch.float32):
+    with patch("dolly_lora.models.compute_dtype", return_value=torch.float32), patch("dolly_lora.trainer.compute_dtype", return_value=torch.float32):
         full = train(recipe, tmp_path / "full", log=lambda line: None)
     assert [v["eval_loss"] for v in run["validation"]] == pytest.approx([v["eval_loss"] for v in full["validation"]], abs=5e-3)
     assert run["validation"][-1]["eval_loss"] < run["validation"][0]["eval_loss"]
