@@ -7,7 +7,7 @@ from __future__ import annotations
 import collections, contextlib, hashlib, json, lzma, re
 from pathlib import Path
 from .config import DollyError, project_root, Recipe, sample_path, short_path
-from .files import file_sha256, read_json, write_json, write_text
+from .files import file_sha256, parse_json, read_json, read_jsonl, write_json, write_jsonl
 from .runs import hold_run
 
 # %% auto #0
@@ -42,30 +42,14 @@ def _record(row, where):
         if not row[field].strip(): raise DataError(f"{where}: field {field!r} is empty")
     return {field: row[field] for field in FIELDS}
 
-# %% ../nbs/01_data.ipynb #e8ba553a
-def _parse(text, where): # JSON, or a `DataError` that says `where`
-    try: return json.loads(text)
-    except json.JSONDecodeError as e:
-        line = f" line {e.lineno}" if "line" not in where else ""
-        raise DataError(f"{where}{line}: not JSON ({e.msg} at column {e.colno})") from None
-    except (ValueError, RecursionError) as e:  # a number of 5,000 digits, brackets 5,000 deep
-        raise DataError(f"{where}: JSON that cannot be read ({str(e)[:60]})") from None
-
 # %% ../nbs/01_data.ipynb #d725dd13
 def _read_jsonl(path):
-    with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            where = f"{path.name} line {n}"
-            try: text = line.decode("utf-8-sig" if n == 1 else "utf-8")
-            except UnicodeDecodeError as e:
-                raise DataError(
-                    f"{where}: not UTF-8 (byte {e.start + 1}): save the file as UTF-8") from None
-            if text.strip(): yield _record(_parse(text, where), where)
+    for where, row in read_jsonl(path, DataError): yield _record(row, where)
 
 def _read_json(path):
     try: text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError: raise DataError(f"{path.name}: not UTF-8: save the file as UTF-8") from None
-    rows = _parse(text, path.name)
+    rows = parse_json(text, path.name, DataError)
     if not isinstance(rows, list):
         raise DataError(f"{path.name}: expected a list of records, found {type(rows).__name__}")
     return (_record(r, f"{path.name} record {n}") for n, r in enumerate(rows, 1))
@@ -280,7 +264,7 @@ def _write_splits(recipe, folder): # the statistics last: their presence says th
             raise DataError(f"{recipe.dataset}: {len(rows)} records are too few for a {name} split: "
                             f"bring at least ten of a category")
         path = folder / f"{name}.jsonl"
-        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in part))
+        write_jsonl(path, part)
         files[name] = file_sha256(path)
     categories = {n: dict(sorted(collections.Counter(r["category"] for r in p).items()))
                   for n, p in parts.items()}

@@ -4,12 +4,13 @@
 
 # %% ../nbs/00b_files.ipynb #28cb3cfe
 from __future__ import annotations
-import contextlib, hashlib, json, os, re
+import contextlib, hashlib, json, lzma, os, re
 from pathlib import Path
 from .config import DollyError, short_path
 
 # %% auto #0
-__all__ = ['publish', 'write_text', 'write_json', 'read_json', 'file_sha256', 'json_line', 'JsonlCache']
+__all__ = ['publish', 'write_text', 'write_json', 'read_json', 'file_sha256', 'json_line', 'parse_json', 'read_jsonl',
+           'write_jsonl', 'JsonlCache']
 
 # %% ../nbs/00b_files.ipynb #bebe3589
 @contextlib.contextmanager
@@ -77,6 +78,41 @@ def json_line(
     "A row as JSON; half a character in a text (a lone surrogate) becomes an escape."
     text = json.dumps(row, ensure_ascii=False)
     return re.sub("[\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", text) + "\n"
+
+# %% ../nbs/00b_files.ipynb #b5b0c8da
+def parse_json(
+    text: str,  # JSON
+    where: str, # its place, for the message
+    error: type[DollyError] = DollyError, # what is raised
+): # whatever the JSON says
+    "Read JSON; what is none gives one line that says where."
+    try: return json.loads(text)
+    except json.JSONDecodeError as e:
+        line = f" line {e.lineno}" if "line" not in where else ""
+        raise error(f"{where}{line}: not JSON ({e.msg} at column {e.colno})") from None
+    except (ValueError, RecursionError) as e:  # a number of 5,000 digits, brackets 5,000 deep
+        raise error(f"{where}: JSON that cannot be read ({str(e)[:60]})") from None
+
+def read_jsonl(
+    path: Path, # UTF-8, with or without a byte order mark; a name in .xz is decompressed
+    error: type[DollyError] = DollyError, # what is raised, with file and line
+): # yields (where, value): `NAME line N`, and what stands there; empty lines are passed over
+    "Read JSON Lines, one at a time."
+    path = Path(path)
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as f:
+        for n, line in enumerate(f, 1):
+            where = f"{path.name} line {n}"
+            try: text = line.decode("utf-8-sig" if n == 1 else "utf-8")
+            except UnicodeDecodeError as e:
+                raise error(f"{where}: not UTF-8 (byte {e.start + 1}): save the file as UTF-8") from None
+            if text.strip(): yield where, parse_json(text, where, error)
+
+def write_jsonl(
+    path: Path, # see `publish`
+    rows,       # anything `json` takes, one a line
+):
+    "Publish JSON Lines."
+    write_text(path, "".join(map(json_line, rows)))
 
 # %% ../nbs/00b_files.ipynb #699b94f2
 class JsonlCache:

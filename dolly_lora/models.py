@@ -12,10 +12,11 @@ from filelock import FileLock
 from safetensors import safe_open, SafetensorError
 from .config import (
     DollyError, PRESETS, project_root, Recipe, sample_path, short_path)
+from .hardware import compute_dtype, device
 
 # %% auto #0
-__all__ = ['TARGET_MODULES', 'ModelError', 'compute_dtype', 'device', 'quantization_config', 'tiny_tokenizer', 'tiny_model',
-           'packaged_smollm2', 'locate_base', 'load_tokenizer', 'load_base', 'base_model', 'random_7b',
+__all__ = ['TARGET_MODULES', 'ModelError', 'quantization_config', 'tiny_tokenizer', 'tiny_model', 'packaged_smollm2',
+           'locate_base', 'load_tokenizer', 'load_base', 'base_model', 'random_7b', 'head_dim', 'linear_shapes',
            'lora_parameter_count', 'add_lora', 'check_base', 'keep_small_weights', 'load_tuned']
 
 # %% ../nbs/00a_models.ipynb #ee596d21
@@ -24,16 +25,6 @@ transformers.utils.logging.disable_progress_bar()  # a bar a file is noise in a 
 # %% ../nbs/00a_models.ipynb #89efcb0e
 class ModelError(DollyError):
     "A base model that cannot be had, and what to do about it."
-
-# %% ../nbs/00a_models.ipynb #15dae97b
-def compute_dtype() -> torch.dtype: # bfloat16, float16 or float32
-    "The precision of matrix products on this machine."
-    if not torch.cuda.is_available(): return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-
-def device() -> str: # "cuda:0" or "cpu"; under torchrun each process gets its own card
-    "Where this process puts its model."
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 # %% ../nbs/00a_models.ipynb #e2d10432
 def quantization_config():
@@ -240,17 +231,29 @@ def _want_gpu():
 # %% ../nbs/00a_models.ipynb #b05b0d55
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+def head_dim(
+    config, # a Llama-like model config
+) -> int: # numbers in a query or key of one head
+    "The size of an attention head; Qwen3 states it, others divide `hidden_size` among their heads."
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+def linear_shapes(
+    config, # a Llama-like model config
+) -> dict[str, tuple[int, int]]: # name -> (inputs, outputs)
+    "The seven linears of a block."
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * head_dim(config)
+    keys = config.num_key_value_heads * head_dim(config)
+    shapes = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden),
+              (hidden, mlp), (hidden, mlp), (mlp, hidden)]
+    return dict(zip(TARGET_MODULES, shapes))
+
 def lora_parameter_count(
     config,   # a Llama-like model config
     r: int,   # rank
 ) -> int: # trainable parameters
     "Count LoRA parameters on paper: r (d_in + d_out) for each of the seven linears of each block."
-    d, ff = config.hidden_size, config.intermediate_size
-    # Qwen3's heads together are wider than the model
-    size = getattr(config, "head_dim", None) or d // config.num_attention_heads
-    q, kv = config.num_attention_heads * size, config.num_key_value_heads * size
-    shapes = [(d, q), (d, kv), (d, kv), (q, d), (d, ff), (d, ff), (ff, d)]
-    return config.num_hidden_layers * sum(r * (i + o) for i, o in shapes)
+    return config.num_hidden_layers * sum(r * sum(shape) for shape in linear_shapes(config).values())
 
 # %% ../nbs/00a_models.ipynb #bf6f4b3d
 def _adapters(recipe): # their form

@@ -4,7 +4,7 @@
 
 # %% ../nbs/02e_trainer.ipynb #28cb3c07
 from __future__ import annotations
-import contextlib, errno, gc, json, math, os, re, shutil, sys, time, zipfile
+import contextlib, errno, gc, json, math, os, re, shutil, time, zipfile
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -20,8 +20,9 @@ from .engine.packing import pack, share_out
 from .engine.step import make_engine
 from .figures import escape_text
 from .files import write_text
-from .models import add_lora, compute_dtype, load_base
+from .models import add_lora, load_base
 from .runs import environment
+from .hardware import compute_dtype, peak_memory
 
 # %% auto #0
 __all__ = ['DollyTrainer', 'collate', 'Progress', 'training_arguments', 'last_checkpoint', 'training_history', 'model_card',
@@ -330,19 +331,10 @@ def _restore_finished(trainer, checkpoint, log): # of a last step: its history a
     return True
 
 # %% ../nbs/02e_trainer.ipynb #f99b9117
-def _peak_memory(): # bytes
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
-    try: import resource
-    except ImportError:  # Windows
-        import psutil
-        return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
 def _facts(trainer, resume): # what the history says besides the curves
     engine = trainer.engine
     graphs = getattr(engine, "graphs", None)
-    return dict(peak_memory_gib=_peak_memory() / 2**30, optimizer=trainer.args.optim.value,
+    return dict(peak_memory_gib=peak_memory() / 2**30, optimizer=trainer.args.optim.value,
                 trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
                 resumed_from=resume and int(resume.name.split("-")[1]), engine=type(engine).__name__,
                 memory=str(engine.plan), token_budget=engine.plan.token_budget,
