@@ -76,6 +76,7 @@ class Recipe:
     weight_decay: float = 0.0              # of AdamW
     max_grad_norm: float = 1.0             # gradients are clipped to this norm
     optimizer: str = "adamw_torch_fused"   # on CUDA (the assignment's: paged_adamw_8bit); a CPU uses adamw_torch
+    seeds: int = 1                         # trainings, with seed, seed + 1, ... on the same split
     eval_steps: int = 500                  # steps between validations, each with a checkpoint
     logging_steps: int = 10                # steps between log lines
     test_answers: int = 0                  # test prompts answered in 03_eval (0: all)
@@ -105,7 +106,8 @@ def _check(recipe): # `ConfigError` for a value that cannot be meant
         raise ConfigError("lora_dropout and warmup_ratio lie in [0, 1); weight_decay, "
                           "max_steps and test_answers are not negative")
     for name in ("lora_alpha", "max_grad_norm", "max_length", "lora_r", "batch_size", "epochs", "learning_rate",
-                 "eval_steps", "logging_steps", "max_new_tokens", "benchmark_tokens", "generation_batch_size"):
+                 "eval_steps", "logging_steps", "seeds", "max_new_tokens", "benchmark_tokens",
+                 "generation_batch_size"):
         if not 0 < getattr(recipe, name) < float("inf"):
             raise ConfigError(f"{name}={getattr(recipe, name)}: must be above 0")
 
@@ -118,7 +120,7 @@ PRESETS = {r.preset: r for r in (  # name -> Recipe
                            test_answers=4, max_new_tokens=8, benchmark_tokens=8)),
     Recipe(**_small | _smollm2 | dict(preset="demo", max_length=512, max_steps=8, eval_steps=4,
                                       max_new_tokens=64, benchmark_tokens=64)),
-    Recipe(**_smollm2 | dict(preset="smollm2", max_new_tokens=256, generation_batch_size=512)),
+    Recipe(**_smollm2 | dict(preset="smollm2", seeds=3, max_new_tokens=256, generation_batch_size=512)),
     Recipe(preset="llama2", generation_batch_size=128),
     Recipe(preset="llama2-t4", max_length=512, eval_steps=100, test_answers=200,
            max_new_tokens=256, benchmark_tokens=512, generation_batch_size=8))}
