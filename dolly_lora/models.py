@@ -18,8 +18,8 @@ from .hardware import compute_dtype, device
 __all__ = ['TARGET_MODULES', 'QUESTION_TOKENS', 'ModelError', 'head_dim', 'linear_shapes', 'quantization_config',
            'tiny_tokenizer', 'tiny_model', 'is_whole', 'convert_smollm2', 'packaged_smollm2', 'explain_hub_error',
            'locate_base', 'explain_unreadable', 'load_tokenizer', 'load_base', 'require_gpu', 'random_7b',
-           'lora_parameter_count', 'lora_config', 'add_lora', 'base_model', 'room_needed', 'attention_obstacle',
-           'weights_obstacle', 'has_safetensors', 'check_base', 'weights_fingerprint', 'keep_small_weights',
+           'lora_parameter_count', 'lora_config', 'add_lora', 'base_model', 'attention_obstacle', 'weights_obstacle',
+           'room_needed', 'room_obstacle', 'has_safetensors', 'check_base', 'weights_fingerprint', 'keep_small_weights',
            'load_tuned']
 
 # %% ../nbs/00a_models.ipynb #ee596d21
@@ -325,24 +325,12 @@ def base_model(
     "What a PeftModel wraps; any other model as it is."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-# %% ../nbs/00a_models.ipynb #g3090c9b
-QUESTION_TOKENS = 640  # room for a benchmark's questions and the template
-
-def room_needed(
-    recipe: Recipe, # its limits
-) -> dict[str, int]: # the fields that decide -> tokens
-    "How many tokens a model must be able to take at once, from training to MT-Bench."
-    r = recipe
-    return {"max_length": r.max_length,
-            "max_length or max_new_tokens": r.max_length + r.max_new_tokens,
-            "benchmark_tokens": 2 * r.benchmark_tokens + QUESTION_TOKENS}
-
 # %% ../nbs/00a_models.ipynb #d2e72088
 def attention_obstacle(
-    config,         # of a model
-    recipe: Recipe, # its limits
+    config,          # of a model
+    max_length: int, # tokens of the longest example
 ) -> str | None: # in words; None: there is none
-    "Why rows of examples cannot be trained on, or answers not be written."
+    "Why rows of examples cannot be trained on."
     def get(name):
         return getattr(config, name, None)
     if get("is_encoder_decoder") or get("use_bidirectional_attention"):
@@ -353,12 +341,8 @@ def attention_obstacle(
     windows = dict(sliding_attention=get("sliding_window"),
                    chunked_attention=get("attention_chunk_size"))
     for kind, window in windows.items():
-        if kind in kinds and window and window < recipe.max_length:
+        if kind in kinds and window and window < max_length:
             return f"it looks through a window of {window} tokens (max_length={window} would fit)"
-    limit = get("max_position_embeddings")
-    for fields, tokens in room_needed(recipe).items():
-        if limit and limit < tokens:
-            return f"it takes {limit} tokens at most and {tokens} are needed: lower {fields}"
     return None
 
 # %% ../nbs/00a_models.ipynb #bf69b5ba
@@ -386,6 +370,29 @@ def weights_obstacle(
     except (AttributeError, TypeError):  # its config has other names for its sizes
         fits = False
     return None if fits else f"its blocks are not made of {', '.join(TARGET_MODULES)}"
+
+# %% ../nbs/00a_models.ipynb #g97dd83e
+QUESTION_TOKENS = 640  # room for a benchmark's questions and the template
+
+def room_needed(
+    recipe: Recipe, # its limits
+) -> dict[str, int]: # the fields that decide -> tokens
+    "How many tokens a model must be able to take at once, from training to MT-Bench."
+    r = recipe
+    return {"max_length": r.max_length,
+            "max_length or max_new_tokens": r.max_length + r.max_new_tokens,
+            "benchmark_tokens": 2 * r.benchmark_tokens + QUESTION_TOKENS}
+
+def room_obstacle(
+    config,         # of a model
+    recipe: Recipe, # its limits
+) -> str | None: # in words; None: there is none
+    "Why a model is too short for examples, prompts or answers."
+    limit = getattr(config, "max_position_embeddings", None)
+    for fields, tokens in room_needed(recipe).items():
+        if limit and limit < tokens:
+            return f"it takes {limit} tokens at most and {tokens} are needed: lower {fields}"
+    return None
 
 # %% ../nbs/00a_models.ipynb #gd53313b
 def has_safetensors(
@@ -420,7 +427,9 @@ def check_base(
         if not has_safetensors(place, recipe.revision):
             raise ModelError(f"{recipe.base} has no weights in safetensors: write them with "
                              f"save_pretrained (a pickle is not read, since it can run code)")
-    if why := attention_obstacle(config, recipe) or weights_obstacle(config):
+    why = (attention_obstacle(config, recipe.max_length) or weights_obstacle(config)
+           or room_obstacle(config, recipe))
+    if why:
         raise ModelError(f"{recipe.base} cannot be trained here: {why}; another base would do, "
                          f"for instance a Llama, Mistral or Qwen")
 
