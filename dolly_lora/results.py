@@ -123,7 +123,7 @@ class WinRate:
 
 @dataclass
 class LengthEffect:
-    "The win rate where the second model's answer is longer than the first's, shorter, or equally long."
+    "The win rate where the second model's answer is the longer one, the shorter one, or neither."
     longer: WinRate = field(default_factory=WinRate)
     shorter: WinRate = field(default_factory=WinRate)
     equal: WinRate = field(default_factory=WinRate)
@@ -167,7 +167,7 @@ class Judgment:
     judge: str
     origin: dict               # its endpoint, or the fingerprint of its weights
     answers: str               # SHA-256 of the answers it read
-    official: dict[str, bool]  # alpaca and mt_bench: may the numbers be compared with published ones?
+    official: dict[str, bool]  # alpaca, mt_bench: do the numbers compare with published ones?
     unofficial: dict[str, str] # where they may not: why
     check: Examination
     alpaca: dict[str, PairResult] # by pair, for instance `tuned against base`
@@ -240,10 +240,11 @@ def _judgment_or_none(value):
 # %% ../nbs/00f_results.ipynb #976262ad
 def full_run(
     name: str = "results", # or `demo`
-) -> dict: # recipe, environment, training, evaluation, stages, ...; empty where the file is not at hand
+) -> dict: # recipe, environment, training, evaluation, stages, ...; empty without the file
     "The numbers of the committed report."
     package = Path(str(importlib.resources.files("dolly_lora")))
-    for folder in package.parent / "report", package / "report":  # of a clone; of an installed package
+    # of a clone; of an installed package
+    for folder in package.parent / "report", package / "report":
         path = folder / f"{name}.json"
         if path.exists(): return read_json(path)
     return {}
