@@ -4,22 +4,26 @@
 
 # %% ../nbs/03a_generate.ipynb #03a002
 from __future__ import annotations
-import functools, hashlib, json, time
+import contextlib, functools, hashlib, json, time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from .config import DollyError, project_root, Recipe
+from .data import build_conversation, build_prompt
 from .engine.blocks import fits_llama, is_llama
 from .engine.decoder import choose, decode_all, uniform_draws
 from .files import file_sha256, JsonlCache
 from .models import base_model, locate_base
+from .runs import hold_run
 
 # %% auto #0
 __all__ = ['Answer', 'read_answer', 'ChooseToken', 'generate_plain', 'is_decodable', 'weights_fingerprint', 'answer_keys',
-           'kept_answer', 'encode_prompts', 'answer_prompts', 'progress_line', 'generate']
+           'kept_answer', 'encode_prompts', 'answer_prompts', 'progress_line', 'generate', 'prompt_builder',
+           'provenance', 'make_answerer']
 
 # %% ../nbs/03a_generate.ipynb #03a006
 @dataclass
@@ -75,7 +79,8 @@ def generate_plain(
         out = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask,
                              max_new_tokens=max_new_tokens, do_sample=False,
                              logits_processor=LogitsProcessorList([processor]),
-                             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+                             eos_token_id=tokenizer.eos_token_id,
+                             pad_token_id=tokenizer.pad_token_id)
         yield from zip(batch, out[:, inputs.input_ids.shape[1]:].tolist())
 
 # %% ../nbs/03a_generate.ipynb #3a0a0003
@@ -143,8 +148,8 @@ def encode_prompts(
     for n, ids in enumerate(encoded, 1):
         if not ids: raise DollyError(f"prompt {n} is empty: write something")
         if len(ids) + max_new_tokens > limit:
-            raise DollyError(f"prompt {n} has {len(ids):,} tokens; with {max_new_tokens:,} new ones "
-                             f"the model has room for {limit:,}: shorten it")
+            raise DollyError(f"prompt {n} has {len(ids):,} tokens; with {max_new_tokens:,} new "
+                             f"ones the model has room for {limit:,}: shorten it")
     return encoded
 
 # %% ../nbs/03a_generate.ipynb #03a03116
@@ -193,7 +198,7 @@ def progress_line(
 # %% ../nbs/03a_generate.ipynb #i4251024
 @torch.inference_mode()
 def generate(
-    model,                     # a causal language model or PeftModel; its adapters count if they are on
+    model,                     # a causal language model or PeftModel, as it is, adapters on or off
     tokenizer,                 # pads on the left
     prompts: list[str],        # from `build_prompt`, say; `DollyError` if one is empty or too long
     max_new_tokens: int = 256, # longest answer
@@ -214,8 +219,8 @@ def generate(
         if keys[i] not in done: todo[keys[i]] = i
     draws = [uniform_draws(p, seed, max_new_tokens) if t else np.zeros(max_new_tokens, np.float32)
              for p, t in zip(prompts, temperatures)]
-    answers = answer_prompts(model, tokenizer, encoded, temperatures, draws, max_new_tokens, batch_size,
-                             todo.values(), log)
+    answers = answer_prompts(model, tokenizer, encoded, temperatures, draws, max_new_tokens,
+                             batch_size, todo.values(), log)
     training = model.training
     model.eval()
     start, shown, tokens = time.time(), time.time(), 0
@@ -229,3 +234,52 @@ def generate(
                 log(progress_line(len(done), len(set(keys)), made, tokens, shown - start))
     finally: model.train(training)
     return [done[k] for k in keys]
+
+# %% ../nbs/03a_generate.ipynb #3a0a0011
+def prompt_builder(
+    name: str, # a key of `CONTENDERS`
+    tokenizer, # of the base model
+): # a function: instruction, context (""), turns (earlier question-answer pairs) to a prompt
+    "In which form a contender is asked: the course's, or the chat template of the base model."
+    def in_course_form(instruction, context="", turns=()):
+        if turns: return build_conversation(turns, instruction, tokenizer.eos_token)
+        return build_prompt(instruction, context)
+    def in_own_template(instruction, context="", turns=()):
+        messages = []
+        for question, answer in turns:
+            messages.append(dict(role="user", content=question))
+            messages.append(dict(role="assistant", content=answer))
+        asked = f"{instruction}\n\n{context}" if context else instruction
+        messages.append(dict(role="user", content=asked))
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # a start token that the tokenizer adds by itself must not stand there twice
+        adds_start = tokenizer.bos_token_id in tokenizer("").input_ids
+        return text.removeprefix(tokenizer.bos_token) if adds_start else text
+    return in_own_template if name == "chat_template" else in_course_form
+
+# %% ../nbs/03a_generate.ipynb #3a0a0014
+def provenance(
+    recipe: Recipe, # base, revision and precision
+    run_dir: Path,  # holds the adapter
+    name: str,      # a key of `CONTENDERS`
+) -> dict: # part of every answer's key
+    "What answers depend on, besides prompt and decoding."
+    adapter = Path(run_dir) / "adapter" / "adapter_model.safetensors"
+    return dict(model=recipe.base, weights=weights_fingerprint(recipe), load_in_4bit=recipe.load_in_4bit,
+                adapter=file_sha256(adapter)[:16] if name == "tuned" else None)
+
+def make_answerer(
+    model, tokenizer, # from `load_tuned` and `load_tokenizer`
+    recipe: Recipe,   # decoding limits and seed
+    run_dir: Path,    # answers go to RUN_DIR/answers/NAME.jsonl
+    name: str,        # a key of `CONTENDERS`
+    log=print,        # gets the progress lines
+): # a function: prompts, temperatures (0), max_new_tokens (recipe.benchmark_tokens) to Answers
+    "How a contender answers in this run: each prompt once."
+    path, made_by = Path(run_dir) / "answers" / f"{name}.jsonl", provenance(recipe, run_dir, name)
+    def answer(prompts, temperatures=0.0, max_new_tokens=recipe.benchmark_tokens):
+        adapter = contextlib.nullcontext() if name == "tuned" else model.disable_adapter()
+        with hold_run(run_dir), adapter:
+            return generate(model, tokenizer, prompts, max_new_tokens, recipe.generation_batch_size,
+                            temperatures, recipe.seed, log, JsonlCache(path), made_by)
+    return answer

@@ -230,7 +230,7 @@ def read_metrics(
             if judgment: metrics.judgments[name] = judgment
     except (TypeError, AttributeError):
         raise DollyError(f"{short_path(path)} was written by another version of dolly_lora: "
-                         f"run the notebook 03_eval again") from None
+                         f"delete it and run the notebook 03_eval again") from None
     return metrics
 
 def _judgment_or_none(value):

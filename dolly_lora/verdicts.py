@@ -5,7 +5,7 @@
 # %% ../nbs/03e_verdicts.ipynb #28cb3c09
 from __future__ import annotations
 import hashlib, json, re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from . import alpaca as alpaca_eval, mtbench as mt_bench
@@ -19,16 +19,18 @@ from .judge import check_judge, estimate, judge_name, judge_origin, Reply
 from dolly_lora.mtbench import (
     average_interval, grade, load_questions, load_references, plot_radar, plot_turns,
     score as rate)
-from .results import (
-    CONTENDERS, Examination, from_json, Judgment, PairResult, Rating, read_metrics, to_json)
+from dolly_lora.results import (
+    CONTENDERS, Examination, from_json, Judgment, Metrics, PairResult, Rating, read_metrics,
+    to_json)
 from .runs import hold_run
 
 # %% auto #0
 __all__ = ['Material', 'judge_prompts', 'alpaca_reference', 'mtbench_references', 'load_material', 'check_evaluation',
            'check_pairs', 'read_outputs', 'mtbench_files', 'read_mtbench_answers', 'answers_sha256', 'Verdicts',
            'collect_verdicts', 'judge_answers', 'length_control', 'summarise_pair', 'summarise_verdicts', 'passed',
-           'format_number', 'judge_slug', 'judgment_key', 'keep_verdicts', 'keep_judgment', 'plot_win_rates',
-           'describe_win_rates', 'save_judge_figures', 'CountingJudge', 'estimated_material', 'estimate_cost']
+           'format_number', 'judge_slug', 'judgment_key', 'keep_verdicts', 'keep_metrics', 'keep_judgment',
+           'plot_win_rates', 'describe_win_rates', 'save_judge_figures', 'CountingJudge', 'estimated_material',
+           'estimate_cost']
 
 # %% ../nbs/03e_verdicts.ipynb #6b9a4587
 @dataclass
@@ -77,7 +79,7 @@ def load_material(
 
 # %% ../nbs/03e_verdicts.ipynb #862038b9
 def check_evaluation(
-    recipe: Recipe, # `judge`, `alpaca` and `mtbench`; `DollyError` says in one line what cannot be had
+    recipe: Recipe, # `judge`, `alpaca` and `mtbench`; `DollyError` says what cannot be had
 ):
     "Find out before the work begins whether the judge can do its part."
     alpaca_eval.load_instructions(recipe.alpaca)
@@ -107,7 +109,7 @@ def check_pairs(
 # %% ../nbs/03e_verdicts.ipynb #i1621810
 def read_outputs(
     run_dir: Path, # of a run; `DollyError` without answers of base and tuned
-) -> dict[str, list[dict]]: # contender -> answers to AlpacaEval's instructions, in the official format
+) -> dict[str, list[dict]]: # contender -> answers, in the official format
     "A run's answers to single instructions."
     folder = Path(run_dir) / "answers" / "alpaca_eval"
     return {name: read_json(folder / name / "model_outputs.json") for name in CONTENDERS
@@ -127,7 +129,8 @@ def read_mtbench_answers(
     for path in mtbench_files(run_dir):
         try: rows += [row for _, row in read_jsonl(path)]
         except DollyError:
-            raise DollyError(f"{short_path(path)} is damaged: delete it and run 03_eval again") from None
+            raise DollyError(f"{short_path(path)} is damaged: "
+                             f"delete it and run 03_eval again") from None
     return rows
 
 # %% ../nbs/03e_verdicts.ipynb #c1cad665
@@ -166,17 +169,19 @@ def collect_verdicts(
              for name in outputs if name != "tuned"}
     if material.reference:
         generator = material.reference[0]["generator"]
-        pairs |= {f"{name} against {generator}": (material.reference, outputs[name]) for name in outputs}
+        pairs |= {f"{name} against {generator}": (material.reference, rows)
+                  for name, rows in outputs.items()}
     judgments = grade(judge, material.questions, read_mtbench_answers(run_dir), replies,
                       material.references, material.prompts if judge.official else None, log)
-    def compared(first, second): return compare(judge, first, second, replies, material.template, log)
+    def compared(first, second):
+        return compare(judge, first, second, replies, material.template, log)
     return Verdicts(judge.name, judge.origin, answers_sha256(run_dir),
                     {name: compared(*pair) for name, pair in pairs.items()}, judgments,
                     compared(*check_pairs(test)), material)
 
 def judge_answers(
     judge,            # from `make_judge`
-    recipe: Recipe,   # `alpaca` and `mtbench`: where instructions, questions and references come from
+    recipe: Recipe,   # `alpaca`, `mtbench`: where questions and references come from
     run_dir: Path,    # holds the answers; the judge's replies go to RUN_DIR/judgments/replies.jsonl
     test: list[dict], # test records, for the judge's own examination
     log=print,        # gets progress, and the number of invalid replies
@@ -202,7 +207,8 @@ def summarise_pair(
     "One model against another."
     if any(r["preference"] is not None for r in rows): numbers = score(rows, **files)
     else:
-        rates = ("standard_error", "discrete_win_rate", "length_controlled_winrate", "lc_standard_error")
+        rates = ("standard_error", "discrete_win_rate", "length_controlled_winrate",
+                 "lc_standard_error")
         counts = ("n_wins", "n_wins_base", "n_draws", "n_total")
         numbers = dict.fromkeys(rates) | dict.fromkeys(counts, 0)
         numbers |= dict(avg_length=int(np.mean([len(r["output_2"]) for r in rows])),
@@ -256,7 +262,7 @@ def format_number(
 def judge_slug(
     name: str, # of a judge
 ) -> str: # letters, digits, `.` and `-`; another one for every name
-    "A judge's name as part of a file's name; a changed name gets a hash, so that no two are the same."
+    "A judge's name as part of a file's name; a changed one gets a hash, so that no two are equal."
     slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip(".-")[:60]
     if slug and slug == name and not re.search("-[0-9a-f]{8}$", slug): return slug
     return f"{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".strip("-")
@@ -266,7 +272,7 @@ def judgment_key(
     name: str,     # of the judge
     origin: dict,  # of the judge
     answers: str,  # the answers it has read, from `answers_sha256`
-) -> str: # the name; with a hash of the origin where another judge of that name has read these answers
+) -> str: # the name, with a hash of the origin if another judge of that name has read them, too
     "Under which name a judge's verdicts are kept."
     judgments = read_metrics(run_dir).judgments
     others = {key: j for key, j in judgments.items() if j.answers == answers}
@@ -288,14 +294,24 @@ def keep_verdicts(
         for name, rows in verdicts.annotations.items():
             pair = re.sub("[^A-Za-z0-9.-]+", "_", name)
             write_json(folder / "alpaca_eval" / slug / f"{pair}.json", rows)
-        write_jsonl(folder / "mt_bench" / "model_judgment" / f"{slug}_single.jsonl", verdicts.judgments)
+        write_jsonl(folder / "mt_bench" / "model_judgment" / f"{slug}_single.jsonl",
+                    verdicts.judgments)
 
 # %% ../nbs/03e_verdicts.ipynb #39958ca8
+def keep_metrics(
+    run_dir: Path,    # of a run
+    metrics: Metrics, # what was measured without a judge
+):
+    "Write metrics.json; the judgments that are there stay."
+    with hold_run(run_dir):
+        kept = replace(metrics, judgments=read_metrics(run_dir).judgments)
+        write_json(Path(run_dir) / "metrics.json", to_json(kept))
+
 def keep_judgment(
     run_dir: Path,      # of a run; its metrics.json is made if need be
     judgment: Judgment, # from `summarise_verdicts`
 ):
-    "Put a judge's numbers into metrics.json beside the other judges'; verdicts on other answers go."
+    "Put a judge's numbers beside the other judges'; verdicts on other answers are dropped."
     with hold_run(run_dir):
         key = judgment_key(run_dir, judgment.judge, judgment.origin, judgment.answers)
         metrics = read_metrics(run_dir)
@@ -371,7 +387,8 @@ class CountingJudge:
 
 # %% ../nbs/03e_verdicts.ipynb #dc90baee
 def _stand_in_prompts(): # of the official ones' lengths
-    template = (("user", " " * alpaca_eval.PROMPT_CHARACTERS + "{instruction}{output_1}{output_2}"),)
+    blank = " " * alpaca_eval.PROMPT_CHARACTERS
+    template = (("user", blank + "{instruction}{output_1}{output_2}"),)
     prompts = {}
     for name, n in mt_bench.PROMPT_CHARACTERS.items():
         own = mt_bench.OWN_PROMPTS[f"dolly-{name}"]["prompt_template"]
@@ -409,8 +426,10 @@ def estimated_material(
             return stand_in()
     template, prompts = load_or(lambda: judge_prompts(official), _stand_in_prompts)
     reference = load_or(lambda: alpaca_reference(recipe), lambda: _stand_in_reference(run_dir))
-    questions = load_or(lambda: load_questions(recipe.mtbench), lambda: _stand_in_questions(run_dir))
-    references = load_or(lambda: mtbench_references(recipe), lambda: _stand_in_references(questions))
+    questions = load_or(lambda: load_questions(recipe.mtbench),
+                        lambda: _stand_in_questions(run_dir))
+    references = load_or(lambda: mtbench_references(recipe),
+                         lambda: _stand_in_references(questions))
     return Material(template, prompts, reference, questions, references), exact
 
 # %% ../nbs/03e_verdicts.ipynb #e0c2d143
