@@ -1,5 +1,6 @@
 """The chat, the five numbered notebooks and the report in a real browser, driven as a person
 drives it: Debian's chromium under Playwright."""
+import contextlib
 import http.server
 import json
 import os
@@ -52,28 +53,33 @@ def notebook(*sources):
     return dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=kernel), cells=cells)
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
+@contextlib.contextmanager
+def start_chromium(folder):
     """A browser of its own, without the machine's settings."""
-    if sync_api is None:
-        pytest.skip(f"{LEFT_OUT}; playwright is not installed: pip install playwright")
-    if not CHROMIUM:
-        pytest.skip(f"{LEFT_OUT}; no chromium here: apt-get install chromium, "
-                    f"or set CHROMIUM to the path of a Chrome")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch_persistent_context(
-            str(tmp_path_factory.mktemp("chromium")), executable_path=CHROMIUM, headless=True,
-            args=FLAGS, viewport=dict(width=1280, height=1000))
+            str(folder), executable_path=CHROMIUM, headless=True, args=FLAGS,
+            viewport=dict(width=1280, height=1000))
         browser.set_default_timeout(30_000)
         yield browser
         browser.close()
 
 
 @pytest.fixture(scope="module")
-def lab(chromium, tmp_path_factory):
-    """A JupyterLab over a temporary folder: (folder, `open_` that shows a notebook and, unless
-    told otherwise, runs all its cells)."""
-    folder, home = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("jupyter")
+def chromium(tmp_path_factory):
+    if sync_api is None:
+        pytest.skip(f"{LEFT_OUT}; playwright is not installed: pip install playwright")
+    if not CHROMIUM:
+        pytest.skip(f"{LEFT_OUT}; no chromium here: apt-get install chromium, "
+                    f"or set CHROMIUM to the path of a Chrome")
+    with start_chromium(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+@contextlib.contextmanager
+def start_lab(chromium, folder, home):
+    """A JupyterLab over `folder`, with its settings in `home`: a function that shows a notebook
+    in a page and, unless told otherwise, runs all its cells."""
     port = free_port()
     with open(home / "log", "w") as log:
         server = subprocess.Popen(
@@ -88,13 +94,21 @@ def lab(chromium, tmp_path_factory):
 
     try:
         wait_for_server(server, f"{url}/api?token=T", home / "log")
-        yield folder, open_
+        yield open_
     finally:
         server.terminate()
         try:
             server.wait(20)
         except subprocess.TimeoutExpired:
             server.kill()
+
+
+@pytest.fixture(scope="module")
+def lab(chromium, tmp_path_factory):
+    """(The folder that JupyterLab shows, `open_` of `start_lab`.)"""
+    folder, home = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("jupyter")
+    with start_lab(chromium, folder, home) as open_:
+        yield folder, open_
 
 
 def free_port():
