@@ -7,7 +7,7 @@ from __future__ import annotations
 import collections, contextlib, hashlib, json, lzma, re
 from pathlib import Path
 from .config import DollyError, project_root, Recipe, sample_path, short_path
-from .files import file_sha256, parse_json, read_json, read_jsonl, write_json, write_jsonl
+from .files import file_sha256, parse_json, read_jsonl, read_object, write_json, write_jsonl
 from .runs import hold_run
 
 # %% auto #0
@@ -275,7 +275,7 @@ def _write_splits(recipe, folder): # the statistics last: their presence says th
 
 # %% ../nbs/01_data.ipynb #c681c990
 def _check_splits(recipe, folder): # `DataError` when the source or a written file is another than it was
-    there = read_json(folder / "statistics.json")
+    there = read_object(folder / "statistics.json", "splits")
     before, now = there.get("source_sha256"), _source_sha256(recipe.dataset)
     if before and now and before != now:
         raise DataError(f"{recipe.dataset} has changed since {short_path(folder)} was made from it "

@@ -11,7 +11,7 @@ import torch
 from .config import DollyError, Recipe
 from .data import encode_split, prepare_data
 from .engine.packing import padding_cost
-from .files import read_json, write_json
+from .files import read_object, write_json
 from .models import check_base, load_tokenizer
 from .runs import hold_run, start_run
 from .trainer import (
@@ -29,7 +29,8 @@ def train(
     "Train adapters by the recipe, from the last whole checkpoint if there is one."
     start_run(recipe, run_dir)
     path = Path(run_dir) / "training_history.json"
-    if path.exists() and (Path(run_dir) / "adapter" / "README.md").exists(): return read_json(path)
+    if path.exists() and (Path(run_dir) / "adapter" / "README.md").exists():
+        return read_object(path, "summary", "validation", "log", "environment")
     with hold_run(run_dir), explain_full_disk(run_dir):
         check_base(recipe)
         tokenizer, splits = load_tokenizer(recipe), prepare_data(recipe, run_dir)
