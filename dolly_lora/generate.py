@@ -4,20 +4,20 @@
 
 # %% ../nbs/03a_generate.ipynb #03a002
 from __future__ import annotations
-import functools, hashlib, json, time
+import hashlib, json, time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
-from .config import DollyError, project_root, Recipe
+from .config import DollyError
 from .engine.blocks import fits_llama, is_llama
 from .engine.decoder import choose, decode_all, uniform_draws
-from .files import file_sha256, JsonlCache
-from .models import base_model, locate_base
+from .files import JsonlCache
+from .models import base_model, weights_fingerprint  # noqa: F401 (03_eval and 03b import it from here)
 
 # %% auto #0
-__all__ = ['Answer', 'ChooseToken', 'generate_plain', 'weights_fingerprint', 'generate']
+__all__ = ['Answer', 'ChooseToken', 'generate_plain', 'generate']
 
 # %% ../nbs/03a_generate.ipynb #03a006
 @dataclass
@@ -59,24 +59,6 @@ def generate_plain(model, tokenizer, encoded, temperature, draws, max_new_tokens
                              logits_processor=LogitsProcessorList([ChooseToken(*rows)]),
                              eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         yield from zip(chunk, out[:, inputs.input_ids.shape[1]:].tolist())
-
-# %% ../nbs/03a_generate.ipynb #6a68fe56
-def weights_fingerprint(
-    recipe: Recipe, # its `base` and `revision`; `ModelError` for a base that cannot be had
-) -> str: # a folder's SHA-256, a hub model's commit, or the name of a packaged or made-up model
-    "What a base model's answers depend on, besides the recipe."
-    if recipe.base in ("tiny", "smollm2", "random-7b"): return recipe.base
-    if (folder := project_root() / recipe.base).is_dir():
-        kinds = (".safetensors", ".json", ".model", ".txt", ".jinja")
-        files = sorted(p for p in folder.iterdir() if p.suffix in kinds and p.is_file())
-        parts = [(p.name, _file_sha256(p, p.stat().st_size, p.stat().st_mtime_ns)) for p in files]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    if recipe.revision: return recipe.revision
-    from transformers import AutoConfig
-    return AutoConfig.from_pretrained(locate_base(recipe))._commit_hash or recipe.base
-
-@functools.cache
-def _file_sha256(path, size, changed): return file_sha256(path) # once for each state of a file
 
 # %% ../nbs/03a_generate.ipynb #03a031
 def _encode(model, tokenizer, prompts, max_new_tokens): # token ids of each prompt
