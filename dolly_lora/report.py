@@ -5,7 +5,7 @@
 # %% ../nbs/05_report.ipynb #d9a7aab9
 from __future__ import annotations
 import contextlib, math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from . import alpaca, mtbench, verdicts
 from .config import DollyError, MODEL_NAMES, short_path
@@ -20,9 +20,10 @@ from dolly_lora.tables import (
     writing_rows)
 
 # %% auto #0
-__all__ = ['WRITTEN_BY', 'KEYS', 'BESIDE', 'collect', 'metrics_of', 'unread_judges', 'decide', 'share_difference', 'describe',
-           'Claim', 'loss_claim', 'endings_claim', 'seeds_claim', 'wins_claim', 'rating_claim', 'judge_claims',
-           'all_claims', 'template_share', 'published_judges_to_ask', 'report_markdown', 'write_report']
+__all__ = ['WRITTEN_BY', 'KEYS', 'BESIDE', 'collect', 'metrics_of', 'named_judgments', 'unread_judges', 'decide',
+           'share_difference', 'describe', 'Claim', 'loss_claim', 'endings_claim', 'seeds_claim', 'wins_claim',
+           'rating_claim', 'judge_claims', 'all_claims', 'template_share', 'published_judges_to_ask', 'report_markdown',
+           'write_report']
 
 # %% ../nbs/05_report.ipynb #67db016e
 WRITTEN_BY = {"recipe.json": "01_data", "data/statistics.json": "01_data",
@@ -93,6 +94,12 @@ def metrics_of(
         with contextlib.suppress(TypeError):
             metrics.judgments[name] = from_json(Judgment, judgments[name])
     return metrics
+
+def named_judgments(
+    metrics: Metrics, # from `metrics_of`
+) -> list[Judgment]:
+    "The judgments under the names they are kept by, which tell two judges of one name apart."
+    return [replace(judgment, judge=name) for name, judgment in metrics.judgments.items()]
 
 def unread_judges(
     r: dict,
@@ -238,7 +245,7 @@ def all_claims(
         if "chat_template" in metrics.test: claims.append(endings_claim(metrics, "chat_template"))
         if metrics.seeds and metrics.seeds.test_loss.low is not None:
             claims.append(seeds_claim(metrics))
-    for judgment in metrics.judgments.values():
+    for judgment in named_judgments(metrics):
         if verdicts.passed(judgment.check): claims += judge_claims(judgment)
     return claims
 
@@ -270,7 +277,7 @@ def published_judges_to_ask(
 # %% ../nbs/05_report.ipynb #05r00033
 def _values(r, metrics): # what the template's holes are filled from
     p, environment = r["recipe"], r["environment"]
-    judgments = list(metrics.judgments.values())
+    judgments = named_judgments(metrics)
     base, chat, tuned = (metrics.test.get(name) for name in ("base", "chat_template", "tuned"))
     seeds = metrics.seeds if metrics.seeds and len(metrics.seeds.runs) > 1 else None
     digits, _, changes = (environment["commit"] or "").partition(" ")
