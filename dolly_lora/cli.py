@@ -90,7 +90,8 @@ class StageClock:
         known = self.stages.get(stage)
         nothing = dict(seconds=0.0, parts=0, finished=False)
         # old versions wrote the seconds alone
-        self.before = known if isinstance(known, dict) and known.keys() >= nothing.keys() else nothing
+        whole = isinstance(known, dict) and known.keys() >= nothing.keys()
+        self.before = known if whole else nothing
         self.work, self.start, self.over = work_files(run_dir), time.time(), threading.Event()
 
     def idle(self) -> bool:
