@@ -9,8 +9,8 @@ from pathlib import Path
 from .config import DollyError, short_path
 
 # %% auto #0
-__all__ = ['publish', 'write_text', 'json_text', 'json_line', 'write_json', 'read_json', 'parse_json', 'read_jsonl',
-           'write_jsonl', 'JsonlCache', 'file_sha256']
+__all__ = ['publish', 'write_text', 'json_text', 'json_line', 'write_json', 'read_json', 'read_object', 'parse_json',
+           'read_jsonl', 'write_jsonl', 'JsonlCache', 'file_sha256']
 
 # %% ../nbs/00b_files.ipynb #bebe3589
 @contextlib.contextmanager
@@ -81,6 +81,19 @@ def read_json(
         raise DollyError(f"{short_path(path)} cannot be read ({type(e).__name__}): it is empty, "
                          f"damaged or no JSON; delete it and run the notebook that writes it"
                          ) from None
+
+# %% ../nbs/00b_files.ipynb #bebe3515
+def read_object(
+    path: Path, # as for `read_json`
+    *keys: str, # what the object must have
+) -> dict: # `DollyError` when the file holds something else
+    "Read a run's JSON file that is an object with these keys."
+    found = read_json(path)
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        wanted = f" with {', '.join(keys)}" if keys else ""
+        raise DollyError(f"{short_path(path)} is not what a run writes there (an object{wanted}): "
+                         f"delete it and run the notebook that writes it")
+    return found
 
 # %% ../nbs/00b_files.ipynb #b5b0c8da
 def parse_json(

@@ -5,7 +5,7 @@
 # %% ../nbs/00c_runs.ipynb #28cb3c02
 from __future__ import annotations
 import contextlib, dataclasses, importlib.metadata, json, os, platform, re, socket
-import subprocess, sys, time
+import shutil, subprocess, sys, time
 from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
@@ -14,7 +14,7 @@ from .files import read_json, write_json
 
 # %% auto #0
 __all__ = ['EVALUATION', 'lock_owner', 'describe_owner', 'sweep_parts', 'RunLock', 'hold_run', 'git_commit', 'environment',
-           'weights_within_reach', 'read_recipe', 'start_run', 'load_run']
+           'weights_within_reach', 'read_recipe', 'start_run', 'load_run', 'check_room']
 
 # %% ../nbs/00c_runs.ipynb #lock0002
 def lock_owner(
@@ -236,3 +236,20 @@ def load_run(
         if not isinstance(value, (float, int) if kind is float else kind):
             raise ConfigError(f"{short_path(path)}: {name} is {value!r}, expected {kind.__name__}")
     return Recipe(**fields)
+
+# %% ../nbs/00c_runs.ipynb #room0002
+def check_room(
+    folder: Path, # where files will go; it need not exist yet
+    gib: float,   # what they may want
+):
+    "Raise `ConfigError` where a folder cannot be written to, or its disk is too full."
+    folder = Path(folder)
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "read-only" if there.is_dir() else "a file"
+        raise ConfigError(f"cannot write to {short_path(folder)}: {short_path(there)} is {what}; "
+                          f"give another --run-dir")
+    free = shutil.disk_usage(there).free / 2**30
+    if free < gib:
+        raise ConfigError(f"{free:.1f} GiB are free for {short_path(folder)}, a run wants {gib:g}: "
+                          f"make room or give another --run-dir")
