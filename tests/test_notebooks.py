@@ -39,11 +39,12 @@ def source(cell): return "".join(cell["source"])
 
 
 def prose(path):
-    """The Markdown of a notebook or of a file, without its code blocks."""
+    """The Markdown of a notebook or of a file, without its code."""
     text = path.read_text()
     if path.suffix == ".ipynb":
         text = "\n\n".join(source(cell) for cell in cells(path, "markdown"))
-    return re.sub(r"(?ms)^ *```.*?^ *```", "", text)
+    text = re.sub(r"(?ms)^ *```.*?^ *```", "", text)
+    return re.sub(r"`[^`\n]+`", "`code`", text)
 
 
 def links(path):
