@@ -6,6 +6,7 @@ outputs the notebooks carry) and the figures' text alternatives.
 import html
 import json
 import re
+import struct
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,12 +25,20 @@ def duration(seconds):
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
+def shape(picture):
+    """Width by height of a PNG file."""
+    width, height = struct.unpack(">II", picture.read_bytes()[16:24])
+    return width / height
+
+
 def figures():
     """The pictures of the first screen, side by side."""
+    shapes = {name: shape(ROOT / "report" / "figures" / f"{name}.png") for name in FIGURES}
     pictures = []
     for name in FIGURES:
         alt = (ROOT / "report" / "figures" / f"{name}.txt").read_text(encoding="utf-8").strip()
-        pictures.append(f'<img src="../report/figures/{name}.png" width="49%" '
+        width = int(98 * shapes[name] / sum(shapes.values()))      # so both are equally high
+        pictures.append(f'<img src="../report/figures/{name}.png" width="{width}%" '
                         f'alt="{html.escape(alt)}">')
     return "\n".join(pictures)
 

@@ -5,6 +5,7 @@ stay headings, which makes the tables of contents; their other cells and outputs
 
 usage: site.py [FOLDER] (default: _docs)
 """
+import ast
 import base64
 import html
 import json
@@ -52,6 +53,44 @@ def code(source, language="python"):
     return highlight(source, lexer, HtmlFormatter(cssclass="highlight", wrapcode=True))
 
 
+def only_imports(source):
+    """Is there nothing in a cell but imports?"""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:          # a cell with IPython's % or !
+        return False
+    return all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements)
+
+
+def flow(diagram):
+    """A mermaid flowchart as a table: what each notebook in it reads, and what it writes.
+
+    Mermaid itself is a script that a page would fetch from elsewhere.
+    """
+    labels = {}
+    edges = []
+    node = r"(\w+)(?:\[\(?\"?(.+?)\"?\)?\])?"
+    for start, start_label, end, end_label in re.findall(rf"{node} --> {node}", diagram):
+        labels |= {name: label for name, label in ((start, start_label), (end, end_label))
+                   if label}
+        edges.append((start, end))
+    rows = ["<tr><th>reads</th><th>notebook</th><th>writes</th></tr>"]
+    for name, label in labels.items():
+        if (ROOT / "nbs" / f"{label}.ipynb").exists():
+            read = "<br>".join(labels[start] for start, end in edges if end == name)
+            written = "<br>".join(labels[end] for start, end in edges if start == name)
+            link = f'<a href="{label}.html">{label}</a>'
+            rows.append(f"<tr><td>{read}</td><td>{link}</td><td>{written}</td></tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def fence(renderer, tokens, position, options, environment):
+    """A code block of a Markdown cell."""
+    token = tokens[position]
+    language = token.info.strip() or "text"
+    return flow(token.content) if language == "mermaid" else code(token.content, language)
+
+
 class Page:
     """Cells of a notebook, or a Markdown file, on their way to a page of the site."""
 
@@ -59,12 +98,10 @@ class Page:
         self.folder = folder   # where relative links of the source start: `nbs`, or nothing
         self.name = name
         self.lines = []
-        self.markdown = MarkdownIt("commonmark", {"highlight": self.fence}).enable("table")
+        self.markdown = MarkdownIt("commonmark").enable("table")
+        self.markdown.add_render_rule("fence", fence)
         self.markdown.use(dollarmath_plugin, renderer=math, allow_space=False,
                           double_inline=True)
-
-    def fence(self, source, language, attributes):
-        return code(source, language.strip() or "text")
 
     def link(self, target):
         """A link of the source as a link of the site; files it names come along."""
@@ -132,8 +169,12 @@ class Page:
         outputs = [self.output(output, f"{self.name}-{number}-{i}")
                    for i, output in enumerate(cell["outputs"])]
         shown = "".join(f'<div class="output">{output}</div>' for output in outputs if output)
-        if source:
-            self.lines += [f'<div class="cell">{code(source)}{shown}</div>', ""]
+        if not source:
+            return
+        coloured = code(source)
+        if only_imports(source):
+            coloured = f"<details><summary>imports</summary>{coloured}</details>"
+        self.lines += [f'<div class="cell">{coloured}{shown}</div>', ""]
 
     def output(self, output, name):
         """An output as HTML."""
