@@ -1,4 +1,4 @@
-"""Packaging of dolly_lora: everything it needs to know is in settings.ini, which nbdev reads too."""
+"""Packaging of dolly_lora. What it needs to know is in settings.ini, which nbdev reads too."""
 import shutil
 from configparser import ConfigParser
 from pathlib import Path

@@ -55,6 +55,15 @@ def links(path):
     return [t.partition("#")[0] for t in targets if not re.match(r"[a-z]+:|#", t)]
 
 
+@pytest.fixture(scope="module")
+def report():
+    """results.json and the page of the committed run."""
+    if not (ROOT / "report/results.json").exists():
+        pytest.skip("no report is committed yet")
+    results = json.loads((ROOT / "report/results.json").read_text())
+    return results, (ROOT / "report/report.html").read_text()
+
+
 # --- a notebook's form ---
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=name_of)
@@ -210,6 +219,33 @@ def test_readme_has_the_links_of_the_index():
     assert index == links(ROOT / "README.md")
 
 
+@pytest.fixture
+def tools(monkeypatch):
+    """The scripts in tools/ can be imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+
+
+def test_costs_are_those_of_the_committed_runs(tools, report, tmp_path):
+    """Of the demo too, once report/demo.json is there; what nobody measured is said."""
+    import measured
+    import refresh_outputs
+    results, _ = report
+    readme = (ROOT / "README.md").read_text()
+    assert measured.costs() in readme
+    assert f"| one {results['environment']['gpu']['name']} |" in measured.costs()
+    assert "| Colab's free T4 | `llama2-t4` | not measured |" in readme
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/results.json").write_text(json.dumps(results))
+    (tmp_path / "stages.json").write_text(json.dumps(dict(results["stages"])))
+    demo = json.loads(json.dumps(refresh_outputs.demo_numbers(tmp_path)))
+    demo["environment"] |= dict(gpu=None, cpu_cores=2)
+    demo["recipe"]["preset"] = "demo"
+    machine, what, *_, memory = measured.run_row(demo)
+    assert machine == "2 CPU cores, no GPU"
+    assert what.startswith("`demo`, all five notebooks")
+    assert memory == "none"
+
+
 # --- the library ---
 
 def test_library_does_not_import_nbdev_or_widgets_at_import():
@@ -260,15 +296,6 @@ def test_only_packages_are_written_by_hand(path):
 
 
 # --- the committed report ---
-
-@pytest.fixture(scope="module")
-def report():
-    """results.json and the page of the committed run."""
-    if not (ROOT / "report/results.json").exists():
-        pytest.skip("no report is committed yet")
-    results = json.loads((ROOT / "report/results.json").read_text())
-    return results, (ROOT / "report/report.html").read_text()
-
 
 def test_committed_report_is_of_a_gpu_run_on_the_whole_of_dolly(report):
     results, page = report

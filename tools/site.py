@@ -8,6 +8,7 @@ usage: site.py [FOLDER] (default: _docs)
 import ast
 import base64
 import html
+import importlib.util
 import json
 import posixpath
 import re
@@ -248,6 +249,8 @@ def configuration(nav):
 
 
 def build(folder):
+    if importlib.util.find_spec("zensical") is None:
+        sys.exit("zensical is not installed: make .venv/.site, with Python 3.11 or newer")
     shutil.rmtree(PAGES, ignore_errors=True)
     (PAGES / "docs").mkdir(parents=True)
     shutil.copy(Path(__file__).with_name("site.css"), PAGES / "docs" / "site.css")
