@@ -46,7 +46,7 @@ setup(
     long_description_content_type="text/markdown",
     cmdclass={"build_py": WithNotebooks},
     packages=find_packages(include=["dolly_lora", "dolly_lora.*"]),
-    package_data={"dolly_lora": ["sample/*", "style/**/*"]},
+    package_data={"dolly_lora": ["sample/*", "style/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={

@@ -149,7 +149,7 @@ def test_a_notebook_is_linked_by_a_relative_path(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_ends_with_a_link_onward(path):
     last = [source(cell) for cell in cells(path, "markdown")][-1]
-    assert re.search(r"(?m)^Next: .*\]\([\w.]+\.ipynb\)", last)
+    assert re.search(r"(?m)^(Next|Back to the start): .*\]\([\w.]+\.ipynb\)", last)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
