@@ -54,13 +54,14 @@ def code(source, language="python"):
     return highlight(source, lexer, HtmlFormatter(cssclass="highlight", wrapcode=True))
 
 
-def only_imports(source):
-    """Is there nothing in a cell but imports?"""
+def mostly_imports(source):
+    """Is there little in a cell but imports?"""
     try:
         statements = ast.parse(source).body
     except SyntaxError:          # a cell with IPython's % or !
         return False
-    return all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements)
+    imports = [s for s in statements if isinstance(s, (ast.Import, ast.ImportFrom))]
+    return len(imports) > 0.8 * len(statements)
 
 
 def flow(diagram):
@@ -173,7 +174,7 @@ class Page:
         if not source:
             return
         coloured = code(source)
-        if only_imports(source):
+        if mostly_imports(source):
             coloured = f"<details><summary>imports</summary>{coloured}</details>"
         self.lines += [f'<div class="cell">{coloured}{shown}</div>', ""]
 
