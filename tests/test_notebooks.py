@@ -140,6 +140,12 @@ def test_links_lead_to_files_that_exist(path):
     assert missing == []
 
 
+def test_the_table_of_faults_names_tests_that_exist():
+    named = set(re.findall(r"`(test_\w+\.py)`", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert len(named) > 10
+    assert {name for name in named if not (ROOT / "tests" / name).exists()} == set()
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_a_notebook_is_linked_by_a_relative_path(path):
     """An address on GitHub leaves JupyterLab; only the badges, which open Colab, need one."""
