@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
-from .config import DollyError, project_root, Recipe
+from .config import DollyError, Recipe
 from .data import build_conversation, build_prompt
 from .engine.blocks import fits_llama, is_llama
 from .engine.decoder import choose, decode_all, uniform_draws
-from .files import JsonlCache
+from .files import file_sha256, JsonlCache
 from .models import base_model, weights_fingerprint  # noqa: F401 (03_eval and 03b import it from here)
 from .runs import hold_run
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib, lzma, re
 from pathlib import Path
 from .config import DollyError, project_root, sample_path, short_path
-from .files import file_sha256, parse_json, read_json, read_jsonl
+from .files import file_sha256, parse_json, read_jsonl, read_object
 
 # %% auto #0
 __all__ = ['FIELDS', 'SUFFIXES', 'DOLLY', 'DataError', 'check_record', 'read_json_list', 'read_parquet', 'read_rows',
@@ -197,7 +197,7 @@ def check_splits(
     source: str | Path, # what the recipe names
 ):
     "Refuse splits whose source or files have changed (`DataError`)."
-    statistics = read_json(folder / "statistics.json")
+    statistics = read_object(folder / "statistics.json", "splits")
     before, now = statistics.get("source_sha256"), source_sha256(source)
     if before and now and before != now:
         raise DataError(f"{source} has changed since {short_path(folder)} was made from it "
