@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
-from dolly_lora import train as library, trainer as trainer_module
+from dolly_lora import trainer as trainer_module
 from dolly_lora.config import PRESETS, DollyError
 from dolly_lora.runs import hold_run
 from dolly_lora.engine.step import FusedLlama
