@@ -57,15 +57,23 @@ def test_an_unknown_name_is_an_attribute_error():
         from dolly_lora import trian   # noqa: F401
 
 
-@pytest.mark.parametrize("name", ["train", "generate"])
-@pytest.mark.parametrize("first", [
-    "", "import dolly_lora.{0}; ", "from dolly_lora.{0} import {0}; "])
-def test_a_function_wins_over_the_module_of_its_name(name, first):
-    code = (first.format(name) + f"import importlib; from dolly_lora import {name} as function; "
-            f"module = importlib.import_module('dolly_lora.{name}'); import dolly_lora; "
-            f"print(type(function).__name__, type(module).__name__, function is module.{name}, "
-            f"dolly_lora.{name} is function)")
-    assert python(code) == ["function", "module", "True", "True"]
+ORDERS = ["", "import dolly_lora.train, dolly_lora.generate\n",
+          "from dolly_lora.train import train\nfrom dolly_lora.generate import generate\n"]
+LOOK = """
+import importlib, dolly_lora
+from dolly_lora import generate, train
+for function in train, generate:
+    module = importlib.import_module(function.__module__)
+    name = function.__name__
+    print(name, type(function).__name__, type(module).__name__, getattr(module, name) is function,
+          getattr(dolly_lora, name) is function)
+"""
+
+
+@pytest.mark.parametrize("first", ORDERS, ids=["alone", "module first", "from module first"])
+def test_a_function_wins_over_the_module_of_its_name(first):
+    right = ["function", "module", "True", "True"]
+    assert python(first + LOOK) == ["train", *right, "generate", *right]
 
 
 def test_other_modules_are_attributes_as_ever():
