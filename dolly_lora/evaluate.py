@@ -4,27 +4,77 @@
 
 # %% ../nbs/03_eval.ipynb #788507e1
 from __future__ import annotations
-import contextlib, time
+import gc, time
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .config import Recipe
+from .config import DollyError, Recipe
 from .data import build_prompt, encode_all, normalise
-from .files import file_sha256, JsonlCache
-from .generate import generate, weights_fingerprint
-from .runs import hold_run
+from .files import read_json
+from .generate import make_answerer, prompt_builder, provenance
+from .models import load_tuned
+from .results import LossDifference, seed_spread, SeedResult, SeedResults
+from .runs import load_run
+
+# they live in dolly_lora.generate and are offered here, too
+_all_ = ["make_answerer", "prompt_builder", "provenance"]
 
 # %% auto #0
-__all__ = ['token_losses', 'mean_loss', 'loss_difference', 'provenance', 'make_answerer', 'drop_long_prompts', 'answer_test',
-           'rouge_l', 'answer_metrics', 'answer_alpaca', 'overlap']
+__all__ = ['drop_long_prompts', 'answer_test', 'encode_in_template', 'pad_examples', 'token_losses', 'mean_loss',
+           'loss_difference', 'measure_seeds', 'rouge_l', 'answer_metrics', 'answer_alpaca', 'overlap', 'make_answerer',
+           'prompt_builder', 'provenance']
 
-# %% ../nbs/03_eval.ipynb #ad35a68f
-def _padded(examples, key, value, device): # on the right
-    rows = [torch.tensor(e[key]) for e in examples]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value).to(device)
+# %% ../nbs/03_eval.ipynb #03e004
+def drop_long_prompts(
+    rows: list[dict], # records
+    tokenizer,        # of the base model
+    recipe: Recipe,   # `max_length`
+) -> list[dict]: # those with room for a token of the response; `DollyError` if there are none
+    "A model is asked what it could have been trained on: prompts within `max_length` tokens."
+    kept = [r for r, e in zip(rows, encode_all(rows, tokenizer, recipe.max_length))
+            if e["labels"][-1] != -100]
+    if rows and not kept:
+        raise DollyError(f"each of the {len(rows)} test prompts is longer than {recipe.max_length} "
+                         f"tokens: set a larger max_length, or bring other data")
+    return kept
+
+def answer_test(
+    answer,             # from `make_answerer`
+    rows: list[dict],   # test records
+    recipe: Recipe,     # `max_new_tokens`
+    build=build_prompt, # gives the prompt of an instruction and its context, see `prompt_builder`
+) -> list[dict]: # instruction, context, category, reference, output, n_tokens, finished
+    "Greedy answers to held-out prompts, beside their references."
+    prompts = [build(r["instruction"], r["context"]) for r in rows]
+    answers = answer(prompts, 0.0, recipe.max_new_tokens)
+    return [dict(instruction=r["instruction"], context=r["context"], category=r["category"],
+                 reference=r["response"], output=a.text, n_tokens=a.n_tokens, finished=a.finished)
+            for r, a in zip(rows, answers)]
 
 # %% ../nbs/03_eval.ipynb #i0676716
+def encode_in_template(
+    rows: list[dict], # records
+    tokenizer,        # of the base model; has a chat template
+    max_length: int,  # tokens of an example in the course's form
+) -> list[dict]: # input_ids and labels, as from `encode_all`
+    "Records in the base model's own chat template; response tokens are those of `encode_all`."
+    build, examples = prompt_builder("chat_template", tokenizer), []
+    for row, example in zip(rows, encode_all(rows, tokenizer, max_length)):
+        response = [label for label in example["labels"] if label != -100]
+        prompt = tokenizer(build(row["instruction"], row["context"])).input_ids
+        examples.append(dict(input_ids=prompt + response, labels=[-100] * len(prompt) + response))
+    return examples
+
+def pad_examples(
+    examples: list[dict], # with lists of numbers
+    key: str,             # which of their lists
+    value: int,           # stands where a list is shorter than the longest
+) -> torch.Tensor: # int64 [examples, longest]
+    "Lists of different lengths as one tensor, padded on the right."
+    rows = [torch.tensor(e[key]) for e in examples]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
 @torch.inference_mode()
 def token_losses(
     model,              # causal language model or PeftModel
@@ -33,96 +83,81 @@ def token_losses(
     recipe: Recipe,     # `max_length`
     batch_size: int = 8, # examples in one forward pass
     log=print,          # gets a line every ten seconds
-) -> np.ndarray: # float64 [len(rows), 2]: the response tokens' summed negative log-probability in nats, their number
-    "The loss of every record's response, summed."
+    encode=encode_all,  # or `encode_in_template`
+) -> np.ndarray: # float64 [len(rows), 2]: summed negative log-probability in nats, response tokens
+    "The loss of every record's response, as a sum and a count."
     out, shown = np.zeros((len(rows), 2)), time.time()
-    encoded = encode_all(rows, tokenizer, recipe.max_length)
+    encoded = encode(rows, tokenizer, recipe.max_length)
     order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]["input_ids"]))
-    for at in range(0, len(order), batch_size):
-        chunk = order[at:at + batch_size]; examples = [encoded[i] for i in chunk]
-        ids = _padded(examples, "input_ids", tokenizer.pad_token_id, model.device)
-        labels = _padded(examples, "labels", -100, model.device)[:, 1:]
-        lengths = torch.tensor([len(e["input_ids"]) for e in examples], device=model.device)
-        mask = (torch.arange(ids.shape[1], device=model.device)[None] < lengths[:, None]).long()
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-        nll = torch.stack([F.cross_entropy(l.float(), y, ignore_index=-100, reduction="sum")
-                           for l, y in zip(logits, labels)])
-        out[chunk, 0], out[chunk, 1] = nll.double().cpu().numpy(), (labels != -100).sum(1).cpu().numpy()
-        if time.time() - shown > 10: shown = time.time(); log(f"{at + len(chunk):,} of {len(rows):,} records read")
+    for start in range(0, len(order), batch_size):
+        batch = order[start:start + batch_size]
+        examples = [encoded[i] for i in batch]
+        input_ids = pad_examples(examples, "input_ids", tokenizer.pad_token_id).to(model.device)
+        labels = pad_examples(examples, "labels", -100).to(model.device)[:, 1:]
+        ones = [dict(mask=[1] * len(e["input_ids"])) for e in examples]
+        mask = pad_examples(ones, "mask", 0).to(model.device)
+        logits = model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
+        sums = [F.cross_entropy(l.float(), y, ignore_index=-100, reduction="sum")
+                for l, y in zip(logits, labels)]
+        out[batch, 0] = torch.stack(sums).double().cpu().numpy()
+        out[batch, 1] = (labels != -100).sum(1).cpu().numpy()
+        if time.time() - shown > 10:
+            shown = time.time()
+            log(f"{start + len(batch):,} of {len(rows):,} records read")
     return out
 
 # %% ../nbs/03_eval.ipynb #e478b501
 def mean_loss(
     losses: np.ndarray, # from `token_losses`
-) -> dict: # loss in nats a token, perplexity, tokens
+) -> dict: # loss in nats a token, perplexity, tokens; `DollyError` where there are none
     "Token-weighted mean and its perplexity."
-    loss = losses[:, 0].sum() / losses[:, 1].sum()
-    return dict(loss=float(loss), perplexity=float(np.exp(loss)), tokens=int(losses[:, 1].sum()))
+    total, tokens = losses[:, 0].sum(), losses[:, 1].sum()
+    if not tokens:
+        raise DollyError("no record leaves a response token to measure: set a larger max_length")
+    loss = total / tokens
+    return dict(loss=float(loss), perplexity=float(np.exp(loss)), tokens=int(tokens))
 
-# %% ../nbs/03_eval.ipynb #0ed033b6
 def loss_difference(
     base: np.ndarray,  # from `token_losses`
     tuned: np.ndarray, # of the same rows
     seed: int = 0,     # of the resampling
-) -> dict: # difference (negative: tuned is better) and the 95 % bootstrap interval low, high; nats a token
-    "Paired bootstrap of the loss difference over examples."
+) -> LossDifference: # nats a token; negative: tuned is better
+    "Tuned minus base, with a 95 % interval by a paired bootstrap over records."
     rng = np.random.default_rng(seed)
     drawn = rng.integers(0, len(base), (1000, len(base)))
-    d = (tuned[drawn, 0].sum(1) - base[drawn, 0].sum(1)) / base[drawn, 1].sum(1)
-    low, high = np.quantile(d, [0.025, 0.975])
-    return dict(difference=mean_loss(tuned)["loss"] - mean_loss(base)["loss"], low=float(low),
-                high=float(high))
+    drawn = drawn[base[drawn, 1].sum(1) > 0]  # a draw of nothing but empty responses has no mean
+    differences = (tuned[drawn, 0].sum(1) - base[drawn, 0].sum(1)) / base[drawn, 1].sum(1)
+    low, high = np.quantile(differences, [0.025, 0.975])
+    difference = mean_loss(tuned)["loss"] - mean_loss(base)["loss"]
+    return LossDifference(difference, float(low), float(high))
 
-# %% ../nbs/03_eval.ipynb #03e002
-def provenance(
-    recipe: Recipe, # base, revision and precision
-    run_dir: Path,  # holds the adapter
-    name: str,      # base or tuned
-) -> dict: # part of every answer's key
-    "What answers depend on, besides prompt and decoding."
-    adapter = Path(run_dir) / "adapter" / "adapter_model.safetensors"
-    return dict(model=recipe.base, weights=weights_fingerprint(recipe), load_in_4bit=recipe.load_in_4bit,
-                adapter=file_sha256(adapter)[:16] if name == "tuned" else None)
-
-# %% ../nbs/03_eval.ipynb #03e00216
-def make_answerer(
-    model, tokenizer, # from `load_tuned` and `load_tokenizer`
-    recipe: Recipe,   # decoding limits and seed
-    run_dir: Path,    # answers go to RUN_DIR/answers/NAME.jsonl
-    name: str,        # base or tuned
-    log=print,        # gets the progress lines
-): # a function: prompts, temperatures (0), max_new_tokens (recipe.benchmark_tokens) to a list of Answer
-    "How base or tuned answers in this run: each prompt once."
-    path, made = Path(run_dir) / "answers" / f"{name}.jsonl", provenance(recipe, run_dir, name)
-    def answer(prompts, temperatures=0.0, max_new_tokens=recipe.benchmark_tokens):
-        with hold_run(run_dir), model.disable_adapter() if name == "base" else contextlib.nullcontext():
-            rows = JsonlCache(path)
-            return generate(model, tokenizer, prompts, max_new_tokens, recipe.generation_batch_size,
-                            temperatures, recipe.seed, log, rows, made)
-    return answer
-
-# %% ../nbs/03_eval.ipynb #62030a04
-def drop_long_prompts(
-    rows: list[dict], # records
-    tokenizer,        # of the base model
-    recipe: Recipe,   # `max_length`
-) -> list[dict]: # the records whose prompt leaves room for at least one token of the response
-    "A model is asked what it could have been trained on: prompts within `max_length` tokens."
-    return [r for r, e in zip(rows, encode_all(rows, tokenizer, recipe.max_length))
-            if e["labels"][-1] != -100]
-
-# %% ../nbs/03_eval.ipynb #03e004
-def answer_test(
-    answer,             # from `make_answerer`
-    rows: list[dict],   # test records
-    recipe: Recipe,     # `max_new_tokens`
-) -> list[dict]: # instruction, context, category, reference, output, n_tokens, finished
-    "Greedy answers to held-out prompts, beside their references."
-    answers = answer([build_prompt(r["instruction"], r["context"]) for r in rows], 0.0,
-                     recipe.max_new_tokens)
-    return [dict(instruction=r["instruction"], context=r["context"], category=r["category"],
-                 reference=r["response"], output=a.text, n_tokens=a.n_tokens, finished=a.finished)
-            for r, a in zip(rows, answers)]
+# %% ../nbs/03_eval.ipynb #5eed0002
+def measure_seeds(
+    recipe: Recipe,    # `seed`, and `seeds`: how many trainings there are
+    run_dir: Path,     # holds the first training, and the others in seeds/SEED
+    test_loss: float,  # of the first training's adapter, nats a token
+    tokenizer,         # of the base model
+    test: list[dict],  # test records
+    log=print,         # gets a line for a training that is not there
+) -> SeedResults | None: # None: the recipe asks for one training
+    "Validation and test loss of every training of a recipe."
+    if recipe.seeds == 1: return None
+    def validation_loss(folder):
+        return read_json(folder / "training_history.json")["summary"]["best_validation_loss"]
+    runs = [SeedResult(recipe.seed, validation_loss(Path(run_dir)), test_loss)]
+    for seed in range(recipe.seed + 1, recipe.seed + recipe.seeds):
+        folder = Path(run_dir) / "seeds" / str(seed)
+        if not (folder / "training_history.json").exists():
+            log(f"seed {seed} has not been trained: run 02_train, then this notebook again")
+            continue
+        model = load_tuned(load_run(folder), folder)
+        loss = mean_loss(token_losses(model, tokenizer, test, recipe, log=log))["loss"]
+        runs.append(SeedResult(seed, validation_loss(folder), loss))
+        del model  # one at a time
+        gc.collect()
+        torch.cuda.empty_cache()
+    return SeedResults(runs, seed_spread([r.validation_loss for r in runs]),
+                       seed_spread([r.test_loss for r in runs]))
 
 # %% ../nbs/03_eval.ipynb #39dafd35
 def rouge_l(
@@ -137,28 +172,28 @@ def answer_metrics(
     rows: list[dict], # from `answer_test`
 ) -> dict: # rouge_l and finished in percent, mean_words, mean_reference_words, answers
     "What can be counted about answers without a judge."
-    words = lambda key: float(np.mean([len(r[key].split()) for r in rows]))
+    def mean_words(key): return float(np.mean([len(r[key].split()) for r in rows]))
     return dict(answers=len(rows), finished=100 * float(np.mean([r["finished"] for r in rows])),
                 rouge_l=rouge_l([r["output"] for r in rows], [r["reference"] for r in rows]),
-                mean_words=words("output"), mean_reference_words=words("reference"))
+                mean_words=mean_words("output"), mean_reference_words=mean_words("reference"))
 
 # %% ../nbs/03_eval.ipynb #03e007
 def answer_alpaca(
     answer,                   # from `make_answerer`
     instructions: list[dict], # from `load_instructions`
     generator: str,           # the name the official tools will show
+    build=build_prompt,       # gives the prompt of an instruction, see `prompt_builder`
 ) -> dict: # `model_outputs` in the official format, and the share `finished` in percent
     "Answer every instruction greedily, in the official file format."
-    answers = answer([build_prompt(r["instruction"]) for r in instructions])
-    outputs = [dict(dataset=r["dataset"], instruction=r["instruction"], output=a.text, generator=generator)
-               for r, a in zip(instructions, answers)]
+    answers = answer([build(r["instruction"]) for r in instructions])
+    outputs = [dict(dataset=r["dataset"], instruction=r["instruction"], output=a.text,
+                    generator=generator) for r, a in zip(instructions, answers)]
     return dict(model_outputs=outputs, finished=100 * float(np.mean([a.finished for a in answers])))
 
-# %% ../nbs/03_eval.ipynb #acb83dec
 def overlap(
     prompts: list[str],  # of a benchmark
     train: list[dict],   # training records
 ) -> int: # prompts that occur among the training instructions, white space and case aside
     "How many benchmark prompts were trained on."
-    seen = {normalise(r["instruction"]) for r in train}
-    return sum(normalise(p) in seen for p in prompts)
+    trained_on = {normalise(r["instruction"]) for r in train}
+    return sum(normalise(p) in trained_on for p in prompts)

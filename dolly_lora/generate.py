@@ -4,20 +4,26 @@
 
 # %% ../nbs/03a_generate.ipynb #03a002
 from __future__ import annotations
-import functools, hashlib, json, time
+import contextlib, hashlib, json, time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
-from .config import DollyError, project_root, Recipe
+from .config import DollyError, Recipe
+from .data import build_conversation, build_prompt
 from .engine.blocks import fits_llama, is_llama
 from .engine.decoder import choose, decode_all, uniform_draws
 from .files import file_sha256, JsonlCache
-from .models import base_model, locate_base
+from .models import base_model, weights_fingerprint  # noqa: F401 (03_eval and 03b import it from here)
+from .runs import hold_run
 
 # %% auto #0
-__all__ = ['Answer', 'ChooseToken', 'generate_plain', 'weights_fingerprint', 'generate']
+__all__ = ['Answer', 'read_answer', 'ChooseToken', 'generate_plain', 'is_decodable', 'answer_keys', 'kept_answer',
+           'encode_prompts', 'answer_prompts', 'progress_line', 'generate', 'prompt_builder', 'provenance',
+           'make_answerer']
 
 # %% ../nbs/03a_generate.ipynb #03a006
 @dataclass
@@ -27,10 +33,15 @@ class Answer:
     n_tokens: int   # generated tokens, the end token included
     finished: bool  # the model wrote the end token itself
 
-def _answer(ids, tokenizer):
+def read_answer(
+    ids: list[int], # what was generated; whatever follows the end token is padding
+    tokenizer,      # of the model
+) -> Answer: # the text as people read it
+    "Turn generated token ids into an answer."
     finished = tokenizer.eos_token_id in ids
     if finished: ids = ids[:ids.index(tokenizer.eos_token_id) + 1]
-    return Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), finished)
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return Answer(text, len(ids), finished)
 
 # %% ../nbs/03a_generate.ipynb #03a012
 class ChooseToken(LogitsProcessor):
@@ -41,108 +52,136 @@ class ChooseToken(LogitsProcessor):
     ):
         self.temperature, self.draws, self.n = temperature, draws, 0
     def __call__(self, input_ids, scores):
-        chosen = choose(scores, self.temperature, self.draws[:, self.n]); self.n += 1
+        chosen = choose(scores, self.temperature, self.draws[:, self.n])
+        self.n += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 # %% ../nbs/03a_generate.ipynb #i5503234
-def generate_plain(model, tokenizer, encoded, temperature, draws, max_new_tokens, slots, todo):
-    "Yield (number, ids) of the prompts `todo`, a batch of `slots` at a time."
+def generate_plain(
+    model,                     # any causal language model or PeftModel
+    tokenizer,                 # pads on the left
+    encoded: list[list[int]],  # token ids of every prompt
+    temperature: np.ndarray,   # float32 [prompts]; 0: greedy
+    draws: np.ndarray,         # float32 [prompts, new tokens], from `uniform_draws`
+    max_new_tokens: int,       # longest answer
+    slots: int,                # prompts at a time
+    todo: Iterable[int],       # numbers of the prompts to answer
+) -> Iterator[tuple[int, list[int]]]: # number of a prompt, generated ids
+    "Answer prompts with `model.generate`, a batch at a time."
     order = sorted(todo, key=lambda i: -len(encoded[i]))
-    for at in range(0, len(order), slots):
-        chunk = order[at:at + slots]
-        inputs = tokenizer.pad(dict(input_ids=[encoded[i] for i in chunk]),
-                               return_tensors="pt").to(model.device)
-        rows = [torch.tensor(np.stack([t[i] for i in chunk]), device=model.device)
-                for t in (temperature, draws)]
+    for start in range(0, len(order), slots):
+        batch = order[start:start + slots]
+        inputs = tokenizer.pad(dict(input_ids=[encoded[i] for i in batch]), return_tensors="pt")
+        inputs = inputs.to(model.device)
+        processor = ChooseToken(
+            torch.tensor(np.stack([temperature[i] for i in batch]), device=model.device),
+            torch.tensor(np.stack([draws[i] for i in batch]), device=model.device))
         out = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask,
                              max_new_tokens=max_new_tokens, do_sample=False,
-                             logits_processor=LogitsProcessorList([ChooseToken(*rows)]),
-                             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-        yield from zip(chunk, out[:, inputs.input_ids.shape[1]:].tolist())
+                             logits_processor=LogitsProcessorList([processor]),
+                             eos_token_id=tokenizer.eos_token_id,
+                             pad_token_id=tokenizer.pad_token_id)
+        yield from zip(batch, out[:, inputs.input_ids.shape[1]:].tolist())
 
-# %% ../nbs/03a_generate.ipynb #6a68fe56
-def weights_fingerprint(
-    recipe: Recipe, # its `base` and `revision`; `ModelError` for a base that cannot be had
-) -> str: # a folder's SHA-256, a hub model's commit, or the name of a packaged or made-up model
-    "What a base model's answers depend on, besides the recipe."
-    if recipe.base in ("tiny", "smollm2", "random-7b"): return recipe.base
-    if (folder := project_root() / recipe.base).is_dir():
-        kinds = (".safetensors", ".json", ".model", ".txt", ".jinja")
-        files = sorted(p for p in folder.iterdir() if p.suffix in kinds and p.is_file())
-        parts = [(p.name, _file_sha256(p, p.stat().st_size, p.stat().st_mtime_ns)) for p in files]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    if recipe.revision: return recipe.revision
-    from transformers import AutoConfig
-    return AutoConfig.from_pretrained(locate_base(recipe))._commit_hash or recipe.base
+# %% ../nbs/03a_generate.ipynb #3a0a0003
+def is_decodable(
+    model, # a causal language model or PeftModel
+) -> bool: # False: `generate_plain` has to do it
+    "Can `decode_all` answer for this model?"
+    base = base_model(model)
+    return is_llama(base) and (base is model or fits_llama(model))
 
-@functools.cache
-def _file_sha256(path, size, changed): return file_sha256(path) # once for each state of a file
+# %% ../nbs/03a_generate.ipynb #i7296881
+def answer_keys(
+    prompts: list[str],        # texts
+    temperatures: np.ndarray,  # float32 [prompts]
+    max_new_tokens: int,       # longest answer
+    seed: int,                 # of the sampling
+    provenance: dict | None,   # what else the answers depend on
+) -> list[str]: # 32 hexadecimal digits each
+    "Under which keys answers are kept."
+    keys = []
+    for prompt, temperature in zip(prompts, temperatures):
+        decoding = dict(max_new_tokens=max_new_tokens, temperature=float(temperature))
+        if temperature: decoding["seed"] = seed
+        text = json.dumps([prompt, provenance, decoding], sort_keys=True)
+        keys.append(hashlib.sha256(text.encode()).hexdigest()[:32])
+    return keys
+
+def kept_answer(
+    row: dict, # from a `JsonlCache`
+) -> Answer | None: # None: the row holds no answer, and the prompt is asked again
+    "An answer from the file of finished ones."
+    try: answer = Answer(**row)
+    except TypeError: return None
+    return answer if isinstance(answer.text, str) and isinstance(answer.n_tokens, int) else None
 
 # %% ../nbs/03a_generate.ipynb #03a031
-def _encode(model, tokenizer, prompts, max_new_tokens): # token ids of each prompt
+def encode_prompts(
+    model,              # says how many tokens it has room for
+    tokenizer,          # of the model
+    prompts: list[str], # texts; `DollyError` for one that is empty or too long
+    max_new_tokens: int, # longest answer
+) -> list[list[int]]: # token ids of each prompt
+    "Tokenise prompts, and make sure that each leaves room for its answer."
     limit = getattr(model.config, "max_position_embeddings", None) or 10**9
     encoded = tokenizer(prompts).input_ids if prompts else []
     for n, ids in enumerate(encoded, 1):
         if not ids: raise DollyError(f"prompt {n} is empty: write something")
         if len(ids) + max_new_tokens > limit:
-            raise DollyError(f"prompt {n} has {len(ids):,} tokens; with {max_new_tokens:,} new ones "
-                             f"the model has room for {limit:,}: shorten it")
+            raise DollyError(f"prompt {n} has {len(ids):,} tokens; with {max_new_tokens:,} new "
+                             f"ones the model has room for {limit:,}: shorten it")
     return encoded
 
 # %% ../nbs/03a_generate.ipynb #03a03116
-def _finish(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, todo, log):
-    "Yield (number, Answer) of the prompts `todo`; when memory runs out, with half of the slots."
-    way, left = decode_all if _decodes(model) else generate_plain, dict.fromkeys(todo)
+def answer_prompts(
+    model, tokenizer,         # as in `generate_plain`, whose arguments are meant throughout
+    encoded: list[list[int]],
+    temperature: np.ndarray,
+    draws: np.ndarray,
+    max_new_tokens: int,
+    batch_size: int,          # prompts at a time, at most
+    todo: Iterable[int],      # numbers of the prompts to answer
+    log,                      # gets a line when memory runs out
+) -> Iterator[tuple[int, Answer]]: # number of a prompt; `DollyError` if one alone is too much
+    "Answer prompts the fast way if possible; when memory runs out, with half as many at a time."
+    loop = decode_all if is_decodable(model) else generate_plain
+    left = dict.fromkeys(todo)
     while left:
         try:
-            for i, ids in way(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size,
-                              list(left)):
+            for i, ids in loop(model, tokenizer, encoded, temperature, draws, max_new_tokens,
+                               batch_size, list(left)):
                 del left[i]
-                yield i, _answer(ids, tokenizer)
+                yield i, read_answer(ids, tokenizer)
         except torch.OutOfMemoryError as e:
             batch_size = getattr(e, "slots", min(batch_size, len(encoded)))
             if batch_size == 1:
-                raise DollyError(
-                    f"out of GPU memory with one prompt of {max(len(encoded[i]) for i in left)} tokens: "
-                    f"set a smaller max_new_tokens or a shorter prompt") from None
-            batch_size //= 2; log(f"out of memory: {batch_size} at a time from here")
+                longest = max(len(encoded[i]) for i in left)
+                raise DollyError(f"out of GPU memory with one prompt of {longest} tokens: "
+                                 f"set a smaller max_new_tokens or a shorter prompt") from None
+            batch_size //= 2
+            log(f"out of memory: {batch_size} at a time from here")
         finally: torch.cuda.empty_cache()
 
-def _decodes(model): # a Llama, without an adapter or with one on every linear of its blocks
-    return is_llama(base_model(model)) and (base_model(model) is model or fits_llama(model))
-
-# %% ../nbs/03a_generate.ipynb #i7296881
-def _keys(prompts, heat, max_new_tokens, seed, provenance): # what each answer depends on, hashed
-    decoding = lambda t: dict(max_new_tokens=max_new_tokens,
-                              temperature=float(t)) | (dict(seed=seed) if t else {})
-    texts = [json.dumps([p, provenance, decoding(t)], sort_keys=True) for p, t in zip(prompts, heat)]
-    return [hashlib.sha256(t.encode()).hexdigest()[:32] for t in texts]
-
-def _kept(row): # an Answer; None for a row that holds none
-    try: answer = Answer(**row)
-    except TypeError: return None
-    return answer if isinstance(answer.text, str) and isinstance(answer.n_tokens, int) else None
-
-def _progress(done, all_, now, tokens, seconds):
-    left = f", {timedelta(seconds=round(seconds / now * (all_ - done)))} left" if done < all_ else ""
-    return f"{done:,} of {all_:,} answers, {tokens / seconds:,.0f} tokens/s{left}"
-
 # %% ../nbs/03a_generate.ipynb #i0226918
-def _keep_answers(answers, n_todo, keys, done, rows, log): # into `done` and the file `rows`, as they are finished
-    start, shown, made = time.time(), time.time(), 0
-    for n, (i, answer) in enumerate(answers, 1):
-        done[keys[i]] = answer; made += answer.n_tokens
-        if rows is not None: rows.add(keys[i], asdict(answer))
-        if time.time() - shown > 10 or n == n_todo:
-            shown = time.time()
-            log(_progress(len(done), len(set(keys)), n, made, shown - start))
+def progress_line(
+    done: int,      # answers there are, those from the file among them
+    total: int,     # answers there will be
+    made: int,      # answers made in this run
+    tokens: int,    # of these
+    seconds: float, # they took
+) -> str: # for people
+    "How far it is, how fast it goes, and how long it will still take."
+    left = timedelta(seconds=round(seconds / made * (total - done)))
+    line = f"{done:,} of {total:,} answers, {tokens / seconds:,.0f} tokens/s"
+    return f"{line}, {left} left" if done < total else line
 
 # %% ../nbs/03a_generate.ipynb #i4251024
 @torch.inference_mode()
 def generate(
-    model,                     # a causal language model or PeftModel; its adapters count if they are on
+    model,                     # a causal language model or PeftModel, as it is, adapters on or off
     tokenizer,                 # pads on the left
-    prompts: list[str],        # from `build_prompt` or `build_conversation`; `DollyError` if empty or too long
+    prompts: list[str],        # from `build_prompt`, say; `DollyError` if one is empty or too long
     max_new_tokens: int = 256, # longest answer
     batch_size: int = 16,      # prompts at a time, at most
     temperature: float | list[float] = 0.0, # 0: greedy; a list has one for each prompt
@@ -152,15 +191,76 @@ def generate(
     provenance: dict | None = None, # what else the answers depend on: model, revision, adapter
 ) -> list[Answer]: # in the order of `prompts`
     "Answer every prompt once; greedy unless a temperature is given."
-    heat = np.broadcast_to(np.asarray(temperature, np.float32), len(prompts))
-    encoded, training = _encode(model, tokenizer, prompts, max_new_tokens), model.training
-    keys = _keys(prompts, heat, max_new_tokens, seed, provenance)
-    done = {k: kept for k in keys if rows and k in rows and (kept := _kept(rows[k]))}
-    todo = {k: i for i, k in reversed(list(enumerate(keys))) if k not in done}  # one that comes twice once
+    temperatures = np.broadcast_to(np.asarray(temperature, np.float32), len(prompts))
+    encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
+    keys = answer_keys(prompts, temperatures, max_new_tokens, seed, provenance)
+    done = {k: answer for k in keys if rows and k in rows and (answer := kept_answer(rows[k]))}
+    todo = {}  # key -> number of the first prompt that has it
+    for i in reversed(range(len(prompts))):
+        if keys[i] not in done: todo[keys[i]] = i
     draws = [uniform_draws(p, seed, max_new_tokens) if t else np.zeros(max_new_tokens, np.float32)
-             for p, t in zip(prompts, heat)]
-    answers = _finish(model, tokenizer, encoded, heat, draws, max_new_tokens, batch_size, todo.values(), log)
+             for p, t in zip(prompts, temperatures)]
+    answers = answer_prompts(model, tokenizer, encoded, temperatures, draws, max_new_tokens,
+                             batch_size, todo.values(), log)
+    training = model.training
     model.eval()
-    try: _keep_answers(answers, len(todo), keys, done, rows, log)
+    start, shown, tokens = time.time(), time.time(), 0
+    try:
+        for made, (i, answer) in enumerate(answers, 1):
+            done[keys[i]] = answer
+            tokens += answer.n_tokens
+            if rows is not None: rows.add(keys[i], asdict(answer))
+            if time.time() - shown > 10 or made == len(todo):
+                shown = time.time()
+                log(progress_line(len(done), len(set(keys)), made, tokens, shown - start))
     finally: model.train(training)
     return [done[k] for k in keys]
+
+# %% ../nbs/03a_generate.ipynb #3a0a0011
+def prompt_builder(
+    name: str, # a key of `CONTENDERS`
+    tokenizer, # of the base model
+): # a function: instruction, context (""), turns (earlier question-answer pairs) to a prompt
+    "In which form a contender is asked: the course's, or the chat template of the base model."
+    def in_course_form(instruction, context="", turns=()):
+        if turns: return build_conversation(turns, instruction, tokenizer.eos_token)
+        return build_prompt(instruction, context)
+    def in_own_template(instruction, context="", turns=()):
+        messages = []
+        for question, answer in turns:
+            messages.append(dict(role="user", content=question))
+            messages.append(dict(role="assistant", content=answer))
+        asked = f"{instruction}\n\n{context}" if context else instruction
+        messages.append(dict(role="user", content=asked))
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # a start token that the tokenizer adds by itself must not stand there twice
+        adds_start = tokenizer.bos_token_id in tokenizer("").input_ids
+        return text.removeprefix(tokenizer.bos_token) if adds_start else text
+    return in_own_template if name == "chat_template" else in_course_form
+
+# %% ../nbs/03a_generate.ipynb #3a0a0014
+def provenance(
+    recipe: Recipe, # base, revision and precision
+    run_dir: Path,  # holds the adapter
+    name: str,      # a key of `CONTENDERS`
+) -> dict: # part of every answer's key
+    "What answers depend on, besides prompt and decoding."
+    adapter = Path(run_dir) / "adapter" / "adapter_model.safetensors"
+    return dict(model=recipe.base, weights=weights_fingerprint(recipe), load_in_4bit=recipe.load_in_4bit,
+                adapter=file_sha256(adapter)[:16] if name == "tuned" else None)
+
+def make_answerer(
+    model, tokenizer, # from `load_tuned` and `load_tokenizer`
+    recipe: Recipe,   # decoding limits and seed
+    run_dir: Path,    # answers go to RUN_DIR/answers/NAME.jsonl
+    name: str,        # a key of `CONTENDERS`
+    log=print,        # gets the progress lines
+): # a function: prompts, temperatures (0), max_new_tokens (recipe.benchmark_tokens) to Answers
+    "How a contender answers in this run: each prompt once."
+    path, made_by = Path(run_dir) / "answers" / f"{name}.jsonl", provenance(recipe, run_dir, name)
+    def answer(prompts, temperatures=0.0, max_new_tokens=recipe.benchmark_tokens):
+        adapter = contextlib.nullcontext() if name == "tuned" else model.disable_adapter()
+        with hold_run(run_dir), adapter:
+            return generate(model, tokenizer, prompts, max_new_tokens, recipe.generation_batch_size,
+                            temperatures, recipe.seed, log, JsonlCache(path), made_by)
+    return answer

@@ -104,14 +104,16 @@ def answer_mtbench(
     questions: list[dict], # from `load_questions`
     model_id: str,         # the name the official tools will show
     eos_token: str,        # the tokenizer's end token, as text; stands after an earlier answer
+    build=None,            # called with an instruction and `turns`, gives the prompt; default: `build_conversation`
 ) -> dict: # `rows` in the official format, and the share `finished` in percent
     "Answer both turns of every question, the second on the model's own first."
     first, answered = [q["turns"][0] for q in questions], []
     # 0.7 for others, as in FastChat
     temperatures = [MTBENCH_TEMPERATURE.get(q["category"], 0.7) for q in questions]
+    build = build or (lambda instruction, turns: build_conversation(turns, instruction, eos_token))
     for turn in 0, 1:
         history = [[(q, a.text)] for q, a in zip(first, answered[0])] if turn else [[] for _ in questions]
-        answered.append(generate([build_conversation(h, q["turns"][turn], eos_token)
+        answered.append(generate([build(q["turns"][turn], turns=h)
                                   for h, q in zip(history, questions)], temperatures))
     answer_id = lambda q: hashlib.sha256(f"{model_id} {q['question_id']}".encode()).hexdigest()[:22]
     rows = [dict(question_id=q["question_id"], answer_id=answer_id(q), model_id=model_id,
@@ -367,6 +369,7 @@ def why_unofficial(
     judgments: list[dict], # from `grade`
     questions: list[dict], # from `load_questions`
     prompts: dict[str, dict], # the judge's prompts, from `load_prompts`
+    references: dict[int, list[str]] | None = None, # what the judge was shown as right, if it is known
 ) -> str: # a clause; "" for MT-Bench as published
     "Why these scores do not compare with the published ones."
     judge = next((r["judge"][0] for r in judgments if r["judge"][0] != PUBLISHED_JUDGE), PUBLISHED_JUDGE)
@@ -379,7 +382,10 @@ def why_unofficial(
     whole = [sum(i in _CATEGORY and len(turns) == 2 for i, turns in g.items()) for g in graded.values()]
     if (n := min(whole, default=0)) < 80: return f"{n} of 80 questions"
     asked = sorted([q["question_id"], q["category"], *q["turns"]] for q in questions)
-    return "" if content_sha256(asked) == QUESTIONS_SHA256 else "the questions are not the published ones"
+    if content_sha256(asked) != QUESTIONS_SHA256: return "the questions are not the published ones"
+    if references is not None and references != load_references("official"):
+        return "the references are not the published ones"
+    return ""
 
 # %% ../nbs/03d_mtbench.ipynb #03d054
 def average_interval(

@@ -4,15 +4,17 @@
 
 # %% ../nbs/00f_results.ipynb #774c36da
 from __future__ import annotations
-import types, typing
+import importlib.resources, math, types, typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+import numpy as np
+from .config import DollyError, short_path
 from .files import read_json
 
 # %% auto #0
-__all__ = ['CONTENDERS', 'TestResult', 'LossDifference', 'CategoryLoss', 'SeedResult', 'SeedSpread', 'SeedResults',
+__all__ = ['CONTENDERS', 'TestResult', 'LossDifference', 'CategoryLoss', 'SeedResult', 'SeedSpread', 'SeedResults', 'seed_spread',
            'AnswerLengths', 'BenchmarkAnswers', 'Consistency', 'Examination', 'WinRate', 'LengthEffect', 'PairResult',
-           'Rating', 'Judgment', 'Metrics', 'to_json', 'from_json', 'full_run', 'stage_times']
+           'Rating', 'Judgment', 'Metrics', 'to_json', 'from_json', 'read_metrics', 'full_run', 'stage_times']
 
 # %% ../nbs/00f_results.ipynb #1cd69c91
 CONTENDERS = {"base": "base model", "chat_template": "base model in its own chat template",
@@ -43,6 +45,7 @@ class CategoryLoss:
     base: float
     tuned: float
     records: int
+    chat_template: float | None = None
 
 # %% ../nbs/00f_results.ipynb #c7d81288
 @dataclass
@@ -65,6 +68,18 @@ class SeedResults:
     runs: list[SeedResult]
     validation_loss: SeedSpread
     test_loss: SeedSpread
+
+# %% ../nbs/00f_results.ipynb #c7a1e003
+def seed_spread(
+    values: list[float], # one loss of each training, nats a token; at least one
+) -> SeedSpread: # without an interval where there is only one value
+    "The mean of a loss over trainings, and how sure we are of it."
+    mean = float(np.mean(values))
+    if len(values) < 2: return SeedSpread(mean, None, None)
+    from scipy.stats import t
+    standard_error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(t.ppf(0.975, len(values) - 1)) * standard_error
+    return SeedSpread(mean, mean - half, mean + half)
 
 # %% ../nbs/00f_results.ipynb #56bc36a2
 @dataclass
@@ -102,15 +117,16 @@ class Examination:
 
 @dataclass
 class WinRate:
-    "The wins of one side of a pair."
-    n: int = 0
-    win_rate: float | None = None # percent
+    "How often the second model of a pair wins, within a group of pairs."
+    pairs: int = 0                # with a valid verdict
+    win_rate: float | None = None # percent; None without pairs
 
 @dataclass
 class LengthEffect:
-    "The win rate where the answer is the longer one, and where it is the shorter one."
+    "The win rate where the second model's answer is the longer one, the shorter one, or neither."
     longer: WinRate = field(default_factory=WinRate)
     shorter: WinRate = field(default_factory=WinRate)
+    equal: WinRate = field(default_factory=WinRate)
 
 # %% ../nbs/00f_results.ipynb #30364cd0
 @dataclass
@@ -138,10 +154,10 @@ class Rating:
     turn1: float | None
     turn2: float | None
     average: float | None
-    category: dict[str, float | None]
-    n_rows: int
-    n_invalid: int
-    n_duplicates: int
+    category: dict[str, float | None] # mean rating by category
+    n_rows: int            # ratings asked for: two turns of each question
+    n_invalid: int         # of them, replies without a rating
+    n_duplicates: int      # ratings that stood in the file twice
     interval: tuple[float, float] | None = None # 95 %, of the average
 
 # %% ../nbs/00f_results.ipynb #937417a7
@@ -151,7 +167,7 @@ class Judgment:
     judge: str
     origin: dict               # its endpoint, or the fingerprint of its weights
     answers: str               # SHA-256 of the answers it read
-    official: dict[str, bool]  # alpaca and mt_bench: may the numbers be compared with published ones?
+    official: dict[str, bool]  # alpaca, mt_bench: do the numbers compare with published ones?
     unofficial: dict[str, str] # where they may not: why
     check: Examination
     alpaca: dict[str, PairResult] # by pair, for instance `tuned against base`
@@ -166,7 +182,7 @@ class Metrics:
     seeds: SeedResults | None = None
     alpaca_eval: BenchmarkAnswers | None = None
     mt_bench: BenchmarkAnswers | None = None
-    judgments: dict[str, Judgment] = field(default_factory=dict) # by judge
+    judgments: dict[str, Judgment] = field(default_factory=dict) # by judge, see `judgment_key`
 
 # %% ../nbs/00f_results.ipynb #f29b0d57
 def to_json(
@@ -180,34 +196,57 @@ def from_json(
     value, # what `json` read; `TypeError` when it is of another shape
 ):
     "A result from plain dicts."
-    if is_dataclass(kind): return _fill(kind, value)
+    if is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        known = {f.name for f in fields(kind)} & _expect(dict, value).keys()
+        return kind(**{name: from_json(hints[name], value[name]) for name in known})
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in inside: return None
-        return from_json(next(k for k in inside if k is not type(None)), value)
+    if origin in (typing.Union, types.UnionType):  # in this module always `X | None`
+        if value is None: return None
+        return from_json(inside[0], value)
     if origin is dict: return {k: from_json(inside[1], v) for k, v in _expect(dict, value).items()}
     if origin is list: return [from_json(inside[0], v) for v in _expect(list, value)]
     if origin is tuple: return tuple(from_json(k, v) for k, v in zip(inside, _expect(list, value)))
-    return float(value) if kind is float and isinstance(value, int) else _expect(kind, value)
+    if kind is float and isinstance(value, int): return float(value)
+    return _expect(kind, value)
 
-def _fill(kind, value):
-    hints = typing.get_type_hints(kind)
-    known = {f.name for f in fields(kind)} & _expect(dict, value).keys()
-    return kind(**{name: from_json(hints[name], value[name]) for name in known})
-
-def _expect(kind, value):
+def _expect(kind, value): # `value`, if it is of that kind
     if not isinstance(value, (list, tuple) if kind is list else kind):
         raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
     return value
 
+# %% ../nbs/00f_results.ipynb #c7a1e008
+def read_metrics(
+    run_dir: Path, # of a run; `DollyError` when its metrics.json is damaged or too old
+) -> Metrics: # empty where no metrics.json has been written
+    "What a run's evaluation has found so far."
+    path = Path(run_dir) / "metrics.json"
+    if not path.exists(): return Metrics()
+    found = read_json(path)
+    try:
+        metrics = from_json(Metrics, {k: v for k, v in found.items() if k != "judgments"})
+        for name, value in _expect(dict, found.get("judgments", {})).items():
+            judgment = _judgment_or_none(value)
+            if judgment: metrics.judgments[name] = judgment
+    except (TypeError, AttributeError):
+        raise DollyError(f"{short_path(path)} was written by another version of dolly_lora: "
+                         f"delete it and run the notebook 03_eval again") from None
+    return metrics
+
+def _judgment_or_none(value):
+    try: return from_json(Judgment, value)
+    except TypeError: return None
+
 # %% ../nbs/00f_results.ipynb #976262ad
 def full_run(
     name: str = "results", # or `demo`
-) -> dict: # recipe, environment, training, evaluation, stages, ...; empty where the file is not at hand
+) -> dict: # recipe, environment, training, evaluation, stages, ...; empty without the file
     "The numbers of the committed report."
-    package = Path(__file__).resolve().parent
-    for folder in package.parent / "report", package / "report":  # of a clone; of an installed package
-        if (folder / f"{name}.json").exists(): return read_json(folder / f"{name}.json")
+    package = Path(str(importlib.resources.files("dolly_lora")))
+    # of a clone; of an installed package
+    for folder in package.parent / "report", package / "report":
+        path = folder / f"{name}.json"
+        if path.exists(): return read_json(path)
     return {}
 
 def stage_times(
@@ -218,7 +257,7 @@ def stage_times(
     for run in full_run("demo"), full_run():
         seconds = run.get("stages", {}).get(stage, {}).get("seconds")
         if seconds is None: continue
-        environment = run["environment"]
-        machine = environment["gpu"]["name"] if environment["gpu"] else f"{environment['cpu_cores']} CPU cores"
-        rows.append(dict(machine=machine, preset=run["recipe"]["preset"], minutes=round(seconds / 60, 1)))
+        gpu, cores = run["environment"]["gpu"], run["environment"]["cpu_cores"]
+        rows.append(dict(machine=gpu["name"] if gpu else f"{cores} CPU cores",
+                         preset=run["recipe"]["preset"], minutes=round(seconds / 60, 1)))
     return rows

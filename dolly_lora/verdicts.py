@@ -5,184 +5,251 @@
 # %% ../nbs/03e_verdicts.ipynb #28cb3c09
 from __future__ import annotations
 import hashlib, json, re
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from . import alpaca as alpaca_eval, mtbench as mt_bench
 from .alpaca import (
-    bootstrap, compare, consistency, length_control_files, length_effect, score)
+    bootstrap, compare, consistency, content_sha256, length_control_files, length_effect, score)
 from .config import DollyError, Recipe, short_path
 from .data import DataError
 from .figures import figure_text, save_fig
-from .files import file_sha256, json_line, read_json, write_json, write_text
+from .files import file_sha256, read_json, read_jsonl, write_json, write_jsonl
 from .judge import check_judge, estimate, judge_name, judge_origin, Reply
 from dolly_lora.mtbench import (
     average_interval, grade, load_questions, load_references, plot_radar, plot_turns,
     score as rate)
+from dolly_lora.results import (
+    CONTENDERS, Examination, from_json, Judgment, Metrics, PairResult, Rating, read_metrics,
+    to_json)
 from .runs import hold_run
 
 # %% auto #0
-__all__ = ['check_evaluation', 'check_pairs', 'answers_sha256', 'judge_answers', 'judge_slug', 'keep_verdicts',
-           'summarise_verdicts', 'passed', 'format_number', 'save_judge_figures', 'keep_judgment', 'estimate_cost']
+__all__ = ['Material', 'judge_prompts', 'alpaca_reference', 'mtbench_references', 'load_material', 'check_evaluation',
+           'check_pairs', 'read_outputs', 'mtbench_files', 'read_mtbench_answers', 'answers_sha256', 'Verdicts',
+           'collect_verdicts', 'judge_answers', 'length_control', 'summarise_pair', 'summarise_verdicts', 'passed',
+           'format_number', 'judge_slug', 'judgment_key', 'keep_verdicts', 'keep_metrics', 'keep_judgment',
+           'plot_win_rates', 'describe_win_rates', 'save_judge_figures', 'CountingJudge', 'estimated_material',
+           'estimate_cost']
 
 # %% ../nbs/03e_verdicts.ipynb #6b9a4587
-def _reference(recipe): # AlpacaEval's reference answers; None where there are instructions alone
+@dataclass
+class Material:
+    "All that a judge is shown besides the answers."
+    template: tuple              # AlpacaEval's prompt: (role, text) pairs
+    prompts: dict[str, dict]     # MT-Bench's prompts, by name
+    reference: list[dict] | None # AlpacaEval's reference answers in the official format, if any
+    questions: list[dict]        # MT-Bench's, from `load_questions`
+    references: dict[int, list[str]] # MT-Bench's right answers by question, one for each turn
+
+def judge_prompts(
+    official: bool, # the benchmarks' own prompts? `DollyError` if they cannot be had
+) -> tuple[tuple, dict]: # AlpacaEval's prompt and MT-Bench's
+    "The prompts of both benchmarks, the official ones or ours."
+    if official: return alpaca_eval.judge_prompt(), mt_bench.load_prompts()
+    return alpaca_eval.OWN_PROMPT, mt_bench.OWN_PROMPTS
+
+def alpaca_reference(
+    recipe: Recipe, # `alpaca`
+) -> list[dict] | None: # None where the file has instructions alone
+    "The answers that AlpacaEval compares every model with."
     if recipe.alpaca == "sample": return None
     try: return alpaca_eval.load_reference(recipe.alpaca)
     except DataError: return None
 
-def _references(recipe): # MT-Bench's; the published judge's scores are to compare with the published ones
-    if recipe.mtbench != "official": return load_references(recipe.mtbench)
-    return load_references("official" if recipe.judge == mt_bench.PUBLISHED_JUDGE else "corrected")
+# %% ../nbs/03e_verdicts.ipynb #0a51e006
+def mtbench_references(
+    recipe: Recipe, # `mtbench` and `judge`; `DollyError` for references that cannot be had
+) -> dict[int, list[str]]: # right answers to both turns, by question
+    "What a judge of MT-Bench is shown as right."
+    questions = load_questions(recipe.mtbench)
+    asked = sorted([q["question_id"], q["category"], *q["turns"]] for q in questions)
+    published = content_sha256(asked) == mt_bench.QUESTIONS_SHA256
+    if published and recipe.judge == mt_bench.PUBLISHED_JUDGE: return load_references("official")
+    return load_references("corrected" if recipe.mtbench == "official" else recipe.mtbench)
 
-def _shown_with(official): # the judge's prompts: AlpacaEval's, MT-Bench's
-    if official: return alpaca_eval.judge_prompt(), mt_bench.load_prompts()
-    return alpaca_eval.OWN_PROMPT, mt_bench.OWN_PROMPTS
+def load_material(
+    recipe: Recipe, # `alpaca`, `mtbench` and `judge`
+    official: bool, # is the judge asked with the benchmarks' own prompts?
+) -> Material: # `DollyError` says in one line what cannot be had
+    "Get everything that a judge is shown."
+    template, prompts = judge_prompts(official)
+    return Material(template, prompts, alpaca_reference(recipe), load_questions(recipe.mtbench),
+                    mtbench_references(recipe))
 
 # %% ../nbs/03e_verdicts.ipynb #862038b9
 def check_evaluation(
-    recipe: Recipe, # `judge`, `alpaca` and `mtbench`; `DollyError` says in one line what cannot be had
+    recipe: Recipe, # `judge`, `alpaca` and `mtbench`; `DollyError` says what cannot be had
 ):
     "Find out before the work begins whether the judge can do its part."
     alpaca_eval.load_instructions(recipe.alpaca)
     load_questions(recipe.mtbench)
-    _reference(recipe)
-    _references(recipe)
+    alpaca_reference(recipe)
+    mtbench_references(recipe)
     check_judge(recipe)
-    _shown_with(recipe.judge.partition(":")[0] != "local")
+    judge_prompts(recipe.judge.partition(":")[0] != "local")
 
 # %% ../nbs/03e_verdicts.ipynb #03e013
 def check_pairs(
     test: list[dict], # records
     n: int = 50,      # pairs, at most
-) -> tuple[list[dict], list[dict]]: # in AlpacaEval's format: answers to other records, and the records' own
-    "Pairs whose winner is known: the answer people gave to an instruction, and one they gave to another."
-    shown = lambda r: r["instruction"] + (f"\n\n{r['context']}" if r["context"] else "")
-    rows = list({shown(r): r for r in test}.values())[:n]
-    make = lambda answers, who: [dict(dataset="check", instruction=shown(r), output=a["response"],
-                                      generator=who) for r, a in zip(rows, answers)]
-    return make(rows[1:] + rows[:1], "another record's answer"), make(rows, "its own answer")
+) -> tuple[list[dict], list[dict]]: # the wrong answers and the right ones, in AlpacaEval's format
+    "Pairs whose winner is known: an answer to this instruction, and one to another."
+    by_instruction = {}
+    for r in test:
+        context = f"\n\n{r['context']}" if r["context"] else ""
+        by_instruction[r["instruction"] + context] = r["response"]  # each instruction once
+    asked, answers = list(by_instruction)[:n], list(by_instruction.values())[:n]
+    def outputs(answers, who):
+        return [dict(dataset="check", instruction=i, output=a, generator=who)
+                for i, a in zip(asked, answers)]
+    moved = answers[1:] + answers[:1]
+    return outputs(moved, "another record's answer"), outputs(answers, "its own answer")
 
 # %% ../nbs/03e_verdicts.ipynb #i1621810
-def _material(recipe, official): # all that a judge is shown besides the answers
-    template, prompts = _shown_with(official)
-    return dict(template=template, prompts=prompts, reference=_reference(recipe),
-                questions=load_questions(recipe.mtbench), references=_references(recipe))
-
-def _outputs(run_dir): # AlpacaEval's answers
+def read_outputs(
+    run_dir: Path, # of a run; `DollyError` without answers of base and tuned
+) -> dict[str, list[dict]]: # contender -> answers, in the official format
+    "A run's answers to single instructions."
     folder = Path(run_dir) / "answers" / "alpaca_eval"
-    return {n: read_json(folder / n / "model_outputs.json") for n in ("base", "tuned")}
+    return {name: read_json(folder / name / "model_outputs.json") for name in CONTENDERS
+            if name != "chat_template" or (folder / name).exists()}
 
-def _mt_files(run_dir): return sorted((Path(run_dir) / "answers" / "mt_bench" / "model_answer").glob("*.jsonl"))
+def mtbench_files(
+    run_dir: Path, # of a run
+) -> list[Path]: # one for each contender
+    "Where a run's answers to MT-Bench lie."
+    return sorted((Path(run_dir) / "answers" / "mt_bench" / "model_answer").glob("*.jsonl"))
 
-def _mt_answers(run_dir): # MT-Bench's answers
+def read_mtbench_answers(
+    run_dir: Path, # of a run; `DollyError` for a damaged file
+) -> list[dict]: # of all contenders, in the official format
+    "A run's answers to questions of two turns."
     rows = []
-    for path in _mt_files(run_dir):
-        try: rows += [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        except ValueError:
-            raise DollyError(f"{short_path(path)} is damaged: delete it and run 03_eval again") from None
+    for path in mtbench_files(run_dir):
+        try: rows += [row for _, row in read_jsonl(path)]
+        except DollyError:
+            raise DollyError(f"{short_path(path)} is damaged: "
+                             f"delete it and run 03_eval again") from None
     return rows
-
-# %% ../nbs/03e_verdicts.ipynb #i1621813
-def _read_by(judge, material, run_dir, test, log): # every verdict, as `judge_answers` gives them
-    replies, outputs = Path(run_dir) / "judgments" / "replies.jsonl", _outputs(run_dir)
-    reference = material["reference"]
-    def compared(a, b): return compare(judge, a, b, replies, material["template"], log)
-    pairs = {"tuned against base": (outputs["base"], outputs["tuned"])}
-    if reference: pairs |= {f"{n} against {reference[0]['generator']}": (reference, outputs[n]) for n in outputs}
-    graded = grade(judge, material["questions"], _mt_answers(run_dir), replies, material["references"],
-                   material["prompts"] if judge.official else None, log)
-    return dict(annotations={name: compared(*pair) for name, pair in pairs.items()}, judgments=graded,
-                check=compared(*check_pairs(test)))
 
 # %% ../nbs/03e_verdicts.ipynb #c1cad665
 def answers_sha256(
     run_dir: Path, # of a run that has answers
 ) -> str: # 64 hexadecimal digits
-    "Which answers verdicts are about."
-    files = [Path(run_dir) / "answers" / "alpaca_eval" / n / "model_outputs.json" for n in ("base", "tuned")]
-    parts = [(p.parent.name, p.name, file_sha256(p)) for p in files + _mt_files(run_dir)]
+    "Which answers verdicts are about: the contents of every contender's files."
+    folder = Path(run_dir) / "answers" / "alpaca_eval"
+    files = [folder / name / "model_outputs.json" for name in CONTENDERS
+             if name != "chat_template" or (folder / name).exists()]
+    parts = [(p.parent.name, p.name, file_sha256(p)) for p in files + mtbench_files(run_dir)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+@dataclass
+class Verdicts:
+    "What a judge said, verdict by verdict."
+    judge: str       # its name
+    origin: dict     # its endpoint, or the fingerprint of its weights
+    answers: str     # from `answers_sha256`
+    annotations: dict[str, list[dict]] # name of a pair -> rows from `compare`
+    judgments: list[dict] # MT-Bench's, from `grade`
+    check: list[dict]     # the examination, from `compare`
+    material: Material    # what the judge was shown
+
+# %% ../nbs/03e_verdicts.ipynb #i1621813
+def collect_verdicts(
+    judge,              # has `name`, `origin` and `official`
+    material: Material, # from `load_material`
+    run_dir: Path,      # holds the answers
+    test: list[dict],   # test records, for the examination
+    log=print,          # gets progress, and the number of invalid replies
+) -> Verdicts: # of all pairs and ratings
+    "Show a judge every answer of a run."
+    replies, outputs = Path(run_dir) / "judgments" / "replies.jsonl", read_outputs(run_dir)
+    pairs = {f"tuned against {name}": (outputs[name], outputs["tuned"])
+             for name in outputs if name != "tuned"}
+    if material.reference:
+        generator = material.reference[0]["generator"]
+        pairs |= {f"{name} against {generator}": (material.reference, rows)
+                  for name, rows in outputs.items()}
+    judgments = grade(judge, material.questions, read_mtbench_answers(run_dir), replies,
+                      material.references, material.prompts if judge.official else None, log)
+    def compared(first, second):
+        return compare(judge, first, second, replies, material.template, log)
+    return Verdicts(judge.name, judge.origin, answers_sha256(run_dir),
+                    {name: compared(*pair) for name, pair in pairs.items()}, judgments,
+                    compared(*check_pairs(test)), material)
 
 def judge_answers(
     judge,            # from `make_judge`
-    recipe: Recipe,   # `alpaca` and `mtbench`: where instructions, questions and references come from
+    recipe: Recipe,   # `alpaca`, `mtbench`: where questions and references come from
     run_dir: Path,    # holds the answers; the judge's replies go to RUN_DIR/judgments/replies.jsonl
     test: list[dict], # test records, for the judge's own examination
-    log=print,
-) -> dict: # annotations (name of the pair -> rows), judgments (MT-Bench rows), check (annotations), prompts, answers
+    log=print,        # gets progress, and the number of invalid replies
+) -> Verdicts: # of all pairs and ratings
     "Let a judge read all answers of a run; what it has read before is not asked again."
-    material = _material(recipe, judge.official)
-    with hold_run(run_dir):
-        verdicts = _read_by(judge, material, run_dir, test, log)
-        return verdicts | dict(prompts=(material["template"], material["prompts"]), answers=answers_sha256(run_dir))
-
-# %% ../nbs/03e_verdicts.ipynb #i4559200
-def judge_slug(
-    name: str, # of a judge
-) -> str: # letters, digits, `.` and `-`; another one for every name
-    "A judge's name as part of a file's name; a changed name gets a hash, so that no two are the same."
-    slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip(".-")[:60]
-    if slug and slug == name and not re.search("-[0-9a-f]{8}$", slug): return slug
-    return f"{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".strip("-")
-
-# %% ../nbs/03e_verdicts.ipynb #55276c79
-def keep_verdicts(
-    run_dir: Path,  # gets RUN_DIR/judgments/alpaca_eval and mt_bench
-    judge_name: str,
-    verdicts: dict, # from `judge_answers`
-):
-    "Publish verdicts in the official formats, in files of this judge's own."
-    folder, who = Path(run_dir) / "judgments", judge_slug(judge_name)
-    with hold_run(run_dir):
-        for name, rows in verdicts["annotations"].items():
-            pair = re.sub("[^A-Za-z0-9.-]+", "_", name)
-            write_json(folder / "alpaca_eval" / who / f"{pair}.json", rows)
-        write_text(folder / "mt_bench" / "model_judgment" / f"{who}_single.jsonl",
-                   "".join(map(json_line, verdicts["judgments"])))
+    material = load_material(recipe, judge.official)
+    with hold_run(run_dir): return collect_verdicts(judge, material, run_dir, test, log)
 
 # %% ../nbs/03e_verdicts.ipynb #03e015
-def _win_rate(rows, **files): # `score`; where no verdict is valid, None for every rate
-    if any(r["preference"] is not None for r in rows): return score(rows, **files)
-    rates = ("win_rate", "standard_error", "discrete_win_rate", "length_controlled_winrate", "lc_standard_error")
-    counts = dict.fromkeys(("n_wins", "n_wins_base", "n_draws", "n_total"), 0)
-    length = int(np.mean([len(r["output_2"]) for r in rows]))
-    return dict.fromkeys(rates) | counts | dict(avg_length=length, lc_refused="no verdict is valid")
-
-def _pair(rows, files, problem): # the numbers of a pair of models
-    numbers = bootstrap(rows) | _win_rate(rows, **files)
-    if problem and numbers["length_controlled_winrate"] is None: numbers["lc_refused"] = problem
-    return numbers | dict(consistency=consistency(rows), length_effect=length_effect(rows))
-
-def _length_control(judge): # the files for `score`, and what is wrong with them
-    if judge.name != alpaca_eval.PUBLISHED_JUDGE: return {}, ""  # `score` refuses
+def length_control(
+    name: str, # the judge's
+) -> tuple[dict, str]: # the files for `score`, and what is wrong with them
+    "What a length-controlled win rate needs; nothing for a judge that it does not apply to."
+    if name != alpaca_eval.PUBLISHED_JUDGE: return {}, ""  # `score` says why there is no such rate
     try: return dict(zip(("difficulty", "gamed"), length_control_files())), ""
     except DollyError as e: return {}, str(e)
 
+def summarise_pair(
+    rows: list[dict], # from `compare`
+    files: dict,      # from `length_control`
+    problem: str,     # from `length_control`
+) -> PairResult: # every rate None where no verdict is valid
+    "One model against another."
+    if any(r["preference"] is not None for r in rows): numbers = score(rows, **files)
+    else:
+        rates = ("standard_error", "discrete_win_rate", "length_controlled_winrate",
+                 "lc_standard_error")
+        counts = ("n_wins", "n_wins_base", "n_draws", "n_total")
+        numbers = dict.fromkeys(rates) | dict.fromkeys(counts, 0)
+        numbers |= dict(avg_length=int(np.mean([len(r["output_2"]) for r in rows])),
+                        lc_refused="no verdict is valid")
+    if problem and numbers["length_controlled_winrate"] is None: numbers["lc_refused"] = problem
+    numbers = bootstrap(rows) | numbers
+    return from_json(PairResult, numbers | dict(consistency=consistency(rows),
+                                                length_effect=length_effect(rows)))
+
 # %% ../nbs/03e_verdicts.ipynb #6ad205b9
 def summarise_verdicts(
-    judge,              # who judged
-    verdicts: dict,     # from `judge_answers`
+    judge,                 # who judged
+    verdicts: Verdicts,    # from `judge_answers`
     questions: list[dict], # MT-Bench's, for the categories
-) -> dict: # judge, origin, answers, official, unofficial, check, alpaca (pair -> rates), mt_bench (model -> ratings)
-    "Every number the verdicts give; a rate is None where no verdict is valid."
-    (template, prompts), (files, problem) = verdicts["prompts"], _length_control(judge)
-    why = dict(alpaca=alpaca_eval.why_unofficial(verdicts["annotations"], template),
-               mt_bench=mt_bench.why_unofficial(verdicts["judgments"], questions, prompts))
-    ends = average_interval(verdicts["judgments"])
-    return dict(
-        judge=judge.name, origin=judge.origin, answers=verdicts["answers"],
-        official={k: not reason for k, reason in why.items()}, unofficial={k: r for k, r in why.items() if r},
-        check=bootstrap(verdicts["check"]) | dict(consistency=consistency(verdicts["check"])),
-        alpaca={name: _pair(rows, files, problem) for name, rows in verdicts["annotations"].items()},
-        mt_bench={name: s | dict(interval=ends.get(name))
-                  for name, s in rate(verdicts["judgments"], questions).items()})
+) -> Judgment: # a rate is None where no verdict is valid
+    "Every number that the verdicts give."
+    shown = verdicts.material
+    why = dict(alpaca=alpaca_eval.why_unofficial(verdicts.annotations, shown.template),
+               mt_bench=mt_bench.why_unofficial(verdicts.judgments, questions, shown.prompts,
+                                                references=shown.references))
+    files, problem = length_control(judge.name)
+    pairs = verdicts.annotations.items()
+    intervals = average_interval(verdicts.judgments)
+    ratings = {model: numbers | dict(interval=intervals.get(model))
+               for model, numbers in rate(verdicts.judgments, questions).items()}
+    check = bootstrap(verdicts.check) | dict(consistency=consistency(verdicts.check))
+    return Judgment(
+        judge=judge.name, origin=judge.origin, answers=verdicts.answers,
+        official={kind: not reason for kind, reason in why.items()},
+        unofficial={kind: reason for kind, reason in why.items() if reason},
+        check=from_json(Examination, check),
+        alpaca={name: summarise_pair(rows, files, problem) for name, rows in pairs},
+        mt_bench=from_json(dict[str, Rating], ratings))
 
 # %% ../nbs/03e_verdicts.ipynb #2150419d
 def passed(
-    check: dict, # `check` from `summarise_verdicts`
-) -> bool: # False also when no verdict was valid
-    "Did the judge pass its examination, that is, is it surely better than a coin?"
-    return check["low"] is not None and check["low"] > 50
+    check: Examination, # `check` of a `Judgment`
+) -> bool: # False also when half of the verdicts or more were invalid
+    "Is this judge surely better than a coin?"
+    if check.low is None: return False
+    return check.low > 50 and check.consistency.pairs > check.consistency.invalid
 
 def format_number(
     value: float | None, # any; None where no verdict was valid
@@ -191,111 +258,190 @@ def format_number(
     "A number as people read it."
     return "–" if value is None else f"{value:.{digits}f}"
 
+# %% ../nbs/03e_verdicts.ipynb #i4559200
+def judge_slug(
+    name: str, # of a judge
+) -> str: # letters, digits, `.` and `-`; another one for every name
+    "A judge's name as part of a file's name; a changed one gets a hash, so that no two are equal."
+    slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip(".-")[:60]
+    if slug and slug == name and not re.search("-[0-9a-f]{8}$", slug): return slug
+    return f"{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".strip("-")
+
+def judgment_key(
+    run_dir: Path, # of a run; its metrics.json says which names are taken
+    name: str,     # of the judge
+    origin: dict,  # of the judge
+    answers: str,  # the answers it has read, from `answers_sha256`
+) -> str: # the name, with a hash of the origin if another judge of that name has read them, too
+    "Under which name a judge's verdicts are kept."
+    judgments = read_metrics(run_dir).judgments
+    others = {key: j for key, j in judgments.items() if j.answers == answers}
+    for key, other in others.items():
+        if (other.judge, other.origin) == (name, origin): return key
+    if name not in others: return name
+    return f"{name} ({content_sha256(sorted(origin.items()))[:8]})"
+
+# %% ../nbs/03e_verdicts.ipynb #55276c79
+def keep_verdicts(
+    run_dir: Path,      # gets RUN_DIR/judgments/alpaca_eval and mt_bench
+    judge_name: str,    # of the judge
+    verdicts: Verdicts, # from `judge_answers`
+):
+    "Publish verdicts in the official formats, in files of this judge's own."
+    with hold_run(run_dir):
+        key = judgment_key(run_dir, judge_name, verdicts.origin, verdicts.answers)
+        folder, slug = Path(run_dir) / "judgments", judge_slug(key)
+        for name, rows in verdicts.annotations.items():
+            pair = re.sub("[^A-Za-z0-9.-]+", "_", name)
+            write_json(folder / "alpaca_eval" / slug / f"{pair}.json", rows)
+        write_jsonl(folder / "mt_bench" / "model_judgment" / f"{slug}_single.jsonl",
+                    verdicts.judgments)
+
+# %% ../nbs/03e_verdicts.ipynb #39958ca8
+def keep_metrics(
+    run_dir: Path,    # of a run
+    metrics: Metrics, # what was measured without a judge
+):
+    "Write metrics.json; the judgments that are there stay."
+    with hold_run(run_dir):
+        kept = replace(metrics, judgments=read_metrics(run_dir).judgments)
+        write_json(Path(run_dir) / "metrics.json", to_json(kept))
+
+def keep_judgment(
+    run_dir: Path,      # of a run; its metrics.json is made if need be
+    judgment: Judgment, # from `summarise_verdicts`
+):
+    "Put a judge's numbers beside the other judges'; verdicts on other answers are dropped."
+    with hold_run(run_dir):
+        key = judgment_key(run_dir, judgment.judge, judgment.origin, judgment.answers)
+        metrics = read_metrics(run_dir)
+        others = {k: j for k, j in metrics.judgments.items() if j.answers == judgment.answers}
+        metrics.judgments = others | {key: judgment}
+        write_json(Path(run_dir) / "metrics.json", to_json(metrics))
+
 # %% ../nbs/03e_verdicts.ipynb #03e019
-def _plot_win_rates(judged, named): # a line for each pair, one for the examination
+def plot_win_rates(
+    judgment: Judgment, # a judge's
+    judged_by: str,     # for the title
+): # a matplotlib Figure
+    "Win rates with their intervals: a row for each pair, and one for the examination."
     import matplotlib.pyplot as plt
-    points = judged["alpaca"] | {"the right answer against a wrong one": judged["check"]}
-    fig, ax = plt.subplots(figsize=(7, 1.4 + 0.45 * len(points)))
-    for y, s in enumerate(points.values()):
-        if s["low"] is None: continue  # no valid verdict
-        colour = "#888888" if s is judged["check"] else "#4477aa"
-        ax.plot([s["low"], s["high"]], [y, y], color=colour, lw=3, solid_capstyle="round")
-        ax.scatter(s["win_rate"], y, color=colour, s=50, zorder=2)
+    rows = judgment.alpaca | {"the right answer against a wrong one": judgment.check}
+    fig, ax = plt.subplots(figsize=(7, 1.4 + 0.45 * len(rows)))
+    for y, result in enumerate(rows.values()):
+        if result.low is None: continue  # no valid verdict
+        colour = "#888888" if result is judgment.check else "#4477aa"
+        ax.plot([result.low, result.high], [y, y], color=colour, lw=3, solid_capstyle="round")
+        ax.scatter(result.win_rate, y, color=colour, s=50, zorder=2)
     ax.axvline(50, color="black", lw=1, ls="--")
-    ax.set_yticks(range(len(points)), map(figure_text, points))
-    ax.set(xlim=(0, 100), ylim=(len(points) - 0.4, -0.6), title=f"Judged by {figure_text(named)}",
+    ax.set_yticks(range(len(rows)), map(figure_text, rows))
+    ax.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -0.6), title=f"Judged by {figure_text(judged_by)}",
            xlabel="win rate in percent, with its 95 % interval (dashed: a coin)")
     ax.spines[["top", "right"]].set_visible(False)
-    return fig, "; ".join(f"{name} {format_number(s['win_rate'])} ({format_number(s['low'])} to "
-                          f"{format_number(s['high'])})" for name, s in points.items())
+    return fig
+
+def describe_win_rates(
+    judgment: Judgment, # a judge's
+) -> str: # for someone who cannot see the figure
+    "The numbers of `plot_win_rates` in words."
+    rows = judgment.alpaca | {"the right answer against a wrong one": judgment.check}
+    numbers = {name: map(format_number, (r.win_rate, r.low, r.high)) for name, r in rows.items()}
+    return "; ".join("{} {} ({} to {})".format(name, *found) for name, found in numbers.items())
 
 # %% ../nbs/03e_verdicts.ipynb #79ac9a99
 def save_judge_figures(
-    judged: dict,  # from `summarise_verdicts`
-    run_dir: Path, # figures go to RUN_DIR/figures, with the judge's slug in their names
+    judgment: Judgment, # from `summarise_verdicts`
+    run_dir: Path,      # figures go to RUN_DIR/figures, with the judge's slug in their names
 ):
-    "Draw a judge's win rates and ratings: win_rates, mtbench_radar and mtbench_turns; each says who judged."
-    slug, rated = judge_slug(judged["judge"]), judged["mt_bench"]
-    named = {kind: judged["judge"] + ("" if fine else ": not leaderboard numbers")
-             for kind, fine in judged["official"].items()}
-    fig, numbers = _plot_win_rates(judged, named["alpaca"])
-    save_fig(fig, run_dir, f"win_rates_{slug}",
-             f"Win rates with 95 % intervals, judged by {named['alpaca']}: {numbers}.")
-    if not rated: return
-    averages = "; ".join(f"{m} {format_number(s['average'], 2)}" for m, s in rated.items())
-    save_fig(plot_radar(rated, named["mt_bench"]), run_dir, f"mtbench_radar_{slug}",
-             f"Mean ratings by category, judged by {named['mt_bench']}: {averages}.")
-    turns = "; ".join(f"{m} {format_number(s['turn1'], 2)} and {format_number(s['turn2'], 2)}"
-                      for m, s in rated.items())
-    save_fig(plot_turns(rated, named["mt_bench"]), run_dir, f"mtbench_turns_{slug}",
-             f"Mean rating of turn 1 and turn 2, judged by {named['mt_bench']}: {turns}.")
-
-# %% ../nbs/03e_verdicts.ipynb #39958ca8
-def keep_judgment(
-    run_dir: Path, # of a run; its metrics.json is made if need be
-    judged: dict,  # from `summarise_verdicts`
-):
-    "Put a judge's numbers into metrics.json beside the other judges'; verdicts on other answers go."
-    path = Path(run_dir) / "metrics.json"
-    with hold_run(run_dir):
-        metrics = read_json(path) if path.exists() else {}
-        others = {name: j for name, j in metrics.get("judgments", {}).items()
-                  if isinstance(j, dict) and j.get("answers") == judged["answers"]}
-        write_json(path, metrics | dict(judgments=others | {judged["judge"]: judged}))
+    "Draw win_rates, mtbench_radar and mtbench_turns of a judge; each says who judged."
+    key = judgment_key(run_dir, judgment.judge, judgment.origin, judgment.answers)
+    slug, ratings = judge_slug(key), judgment.mt_bench
+    judged_by = {kind: key if official else f"{key}: not leaderboard numbers"
+                 for kind, official in judgment.official.items()}
+    save_fig(plot_win_rates(judgment, judged_by["alpaca"]), run_dir, f"win_rates_{slug}",
+             f"Win rates with 95 % intervals, judged by {judged_by['alpaca']}: "
+             f"{describe_win_rates(judgment)}.")
+    if not ratings: return
+    averages = "; ".join(f"{m} {format_number(r.average, 2)}" for m, r in ratings.items())
+    turns = "; ".join(f"{m} {format_number(r.turn1, 2)} and {format_number(r.turn2, 2)}"
+                      for m, r in ratings.items())
+    scores, who = {m: to_json(r) for m, r in ratings.items()}, judged_by["mt_bench"]
+    save_fig(plot_radar(scores, who), run_dir, f"mtbench_radar_{slug}",
+             f"Mean ratings by category, judged by {who}: {averages}.")
+    save_fig(plot_turns(scores, who), run_dir, f"mtbench_turns_{slug}",
+             f"Mean rating of turn 1 and turn 2, judged by {who}: {turns}.")
 
 # %% ../nbs/03e_verdicts.ipynb #61cec45e
-class _Counting:
+class CountingJudge:
     "A judge that only notes what it is asked."
-    def __init__(self, name, official, origin):
+    def __init__(self,
+        name: str,      # of the judge it stands for
+        official: bool, # is that one asked with the benchmarks' own prompts?
+        origin: dict,   # of that one
+    ):
         self.name, self.official, self.origin, self.questions = name, official, origin, []
+
     def __call__(self, questions):
         self.questions += questions
         yield from ((i, Reply(error="not asked")) for i in range(len(questions)))
 
-def _unknown_prompts(): # of the official ones' lengths
-    template = (("user", " " * alpaca_eval.PROMPT_CHARACTERS + "{instruction}{output_1}{output_2}"),)
+# %% ../nbs/03e_verdicts.ipynb #dc90baee
+def _stand_in_prompts(): # of the official ones' lengths
+    blank = " " * alpaca_eval.PROMPT_CHARACTERS
+    template = (("user", blank + "{instruction}{output_1}{output_2}"),)
     prompts = {}
     for name, n in mt_bench.PROMPT_CHARACTERS.items():
         own = mt_bench.OWN_PROMPTS[f"dolly-{name}"]["prompt_template"]
         prompts[name] = dict(system_prompt="", prompt_template=" " * max(0, n - len(own)) + own)
     return template, prompts
 
-# %% ../nbs/03e_verdicts.ipynb #dc90baee
-def _unknown_questions(answers): # of the official ones' length
-    names = list(mt_bench.MTBENCH_TEMPERATURE)
-    category = lambda i: names[(i - 81) // 10] if 81 <= i <= 160 else names[0]
-    return [dict(question_id=i, category=category(i), turns=[f"{i:{mt_bench.QUESTION_CHARACTERS}}"] * 2)
-            for i in dict.fromkeys(r["question_id"] for r in answers)]
-
-def _unknown_reference(outputs): # of the official one's length
+def _stand_in_reference(run_dir): # AlpacaEval's, of the official one's length
     answer = dict(output=" " * alpaca_eval.REFERENCE_CHARACTERS, generator=alpaca_eval.REFERENCE)
-    return [r | answer for r in outputs["base"]]
+    return [row | answer for row in read_outputs(run_dir)["base"]]
+
+def _stand_in_questions(run_dir): # MT-Bench's, of the official ones' length
+    names, questions = list(mt_bench.MTBENCH_TEMPERATURE), []
+    for i in dict.fromkeys(row["question_id"] for row in read_mtbench_answers(run_dir)):
+        category = names[(i - 81) // 10] if 81 <= i <= 160 else names[0]
+        turn = f"{i:{mt_bench.QUESTION_CHARACTERS}}"
+        questions.append(dict(question_id=i, category=category, turns=[turn, turn]))
+    return questions
+
+def _stand_in_references(questions): # right answers to them, of the official ones' length
+    return {q["question_id"]: [" " * mt_bench.REFERENCE_CHARACTERS] * 2 for q in questions}
 
 # %% ../nbs/03e_verdicts.ipynb #e53370fc
-def _estimated(recipe, run_dir, official): # as `_material`, and whether nothing of it is a stand-in
+def estimated_material(
+    recipe: Recipe, # `alpaca`, `mtbench` and `judge`
+    run_dir: Path,  # holds the answers
+    official: bool, # is the judge asked with the benchmarks' own prompts?
+) -> tuple[Material, bool]: # as `load_material`, and whether nothing of it is a stand-in
+    "What a judge would be shown, or texts of the same length."
     exact = True
-    def load(real, stand_in):
+    def load_or(load, stand_in):
         nonlocal exact
-        try: return real()
-        except DollyError: exact = False; return stand_in()
-    template, prompts = load(lambda: _shown_with(official), _unknown_prompts)
-    reference = load(lambda: _reference(recipe), lambda: _unknown_reference(_outputs(run_dir)))
-    questions = load(lambda: load_questions(recipe.mtbench), lambda: _unknown_questions(_mt_answers(run_dir)))
-    guess = {q["question_id"]: [" " * mt_bench.REFERENCE_CHARACTERS] * 2 for q in questions}
-    references = load(lambda: _references(recipe), lambda: guess)
-    return dict(template=template, prompts=prompts, reference=reference, questions=questions,
-                references=references), exact
+        try: return load()
+        except DollyError:
+            exact = False
+            return stand_in()
+    template, prompts = load_or(lambda: judge_prompts(official), _stand_in_prompts)
+    reference = load_or(lambda: alpaca_reference(recipe), lambda: _stand_in_reference(run_dir))
+    questions = load_or(lambda: load_questions(recipe.mtbench),
+                        lambda: _stand_in_questions(run_dir))
+    references = load_or(lambda: mtbench_references(recipe),
+                         lambda: _stand_in_references(questions))
+    return Material(template, prompts, reference, questions, references), exact
 
 # %% ../nbs/03e_verdicts.ipynb #e0c2d143
 def estimate_cost(
     recipe: Recipe,   # its `judge`, `alpaca` and `mtbench`
     run_dir: Path,    # holds the answers; `DollyError` without them
     test: list[dict], # test records
-) -> dict: # judge, calls, tokens, usd (None: no price known; 0 for a local judge), exact (False: from known lengths)
+) -> dict: # judge, exact (False: with stand-ins), calls, tokens, usd (None: no price known)
     "What it would cost to have a run's answers judged; nobody is asked."
     official = recipe.judge.partition(":")[0] != "local"
-    judge = _Counting(judge_name(recipe), official, judge_origin(recipe))
-    material, exact = _estimated(recipe, run_dir, official)
-    _read_by(judge, material, run_dir, test, log=lambda line: None)
+    judge = CountingJudge(judge_name(recipe), official, judge_origin(recipe))
+    material, exact = estimated_material(recipe, run_dir, official)
+    collect_verdicts(judge, material, run_dir, test, log=lambda line: None)
     cost = estimate(judge, judge.questions, Path(run_dir) / "judgments" / "replies.jsonl")
     return dict(judge=judge.name, exact=exact) | cost
