@@ -234,6 +234,7 @@ def judge_claims(
             claims.append(rating_claim(judgment, before, tuned, other))
     return claims
 
+# %% ../nbs/05_report.ipynb #05r00038
 def all_claims(
     metrics: Metrics,
 ) -> list[Claim]: # empty without an evaluation

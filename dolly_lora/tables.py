@@ -54,6 +54,7 @@ def optimizer_name(
     asked = r["recipe"].get("optimizer") if r["environment"]["gpu"] else "adamw_torch"
     return r["training"]["summary"].get("optimizer") or asked or "not known"
 
+# %% ../nbs/05b_tables.ipynb #05b00032
 def setting_rows(
     r: dict, # from `collect`
 ) -> list[list]: # name and value
