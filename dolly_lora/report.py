@@ -7,23 +7,22 @@ from __future__ import annotations
 import contextlib, math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from . import alpaca, mtbench, verdicts
+from . import verdicts
 from .config import DollyError, MODEL_NAMES, short_path
 from .figures import figure_text, save_fig
 from .files import read_json, read_jsonl, read_object, write_json, write_text
 from .page import build_page, copy_figures, figure_names, fill, style_file, to_html
 from .results import from_json, Judgment, Metrics, PairResult, Rating
 from .runs import hold_run
-from dolly_lora.tables import (
+from .tables import (
     category_rows, contender_table, example_rows, habit_rows, hardware_rows, judge_facts,
-    measured_steps, optimizer_name, rating_rows, refusals, setting_rows, source_name, win_rows,
-    writing_rows)
+    measured_steps, optimizer_name, published_judges_to_ask, rating_rows, refusals, setting_rows,
+    source_name, win_rows, writing_rows)
 
 # %% auto #0
 __all__ = ['WRITTEN_BY', 'KEYS', 'BESIDE', 'collect', 'metrics_of', 'named_judgments', 'unread_judges', 'decide',
            'share_difference', 'describe', 'Claim', 'loss_claim', 'endings_claim', 'seeds_claim', 'wins_claim',
-           'rating_claim', 'judge_claims', 'all_claims', 'template_share', 'published_judges_to_ask', 'report_markdown',
-           'write_report']
+           'rating_claim', 'judge_claims', 'all_claims', 'template_share', 'report_markdown', 'write_report']
 
 # %% ../nbs/05_report.ipynb #67db016e
 WRITTEN_BY = {"recipe.json": "01_data", "data/statistics.json": "01_data",
@@ -235,6 +234,7 @@ def judge_claims(
             claims.append(rating_claim(judgment, before, tuned, other))
     return claims
 
+# %% ../nbs/05_report.ipynb #05r00038
 def all_claims(
     metrics: Metrics,
 ) -> list[Claim]: # empty without an evaluation
@@ -263,16 +263,6 @@ def template_share(
     else: verdict = "both"
     percent = 100 * by_template / gain if gain > 0 else None
     return dict(gain=gain, by_template=by_template, rest=rest, percent=percent, verdict=verdict)
-
-# %% ../nbs/05_report.ipynb #05r00029
-def published_judges_to_ask(
-    judgments: list[Judgment],
-) -> list[tuple[str, str]]: # benchmark and judge
-    "The benchmarks for which no verdicts compare with the published ones, and who gave those."
-    published = {"alpaca": ("AlpacaEval 2", alpaca.PUBLISHED_JUDGE),
-                 "mt_bench": ("MT-Bench", mtbench.PUBLISHED_JUDGE)}
-    return [known for kind, known in published.items()
-            if not any(j.official.get(kind) for j in judgments)]
 
 # %% ../nbs/05_report.ipynb #05r00033
 def _values(r, metrics): # what the template's holes are filled from

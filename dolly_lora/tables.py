@@ -5,6 +5,7 @@
 # %% ../nbs/05b_tables.ipynb #05b00003
 from __future__ import annotations
 import re
+from . import alpaca, mtbench
 from .config import MODEL_NAMES
 from .page import interval, number
 from .results import CONTENDERS, Judgment, Metrics
@@ -12,7 +13,8 @@ from .verdicts import judge_slug, passed
 
 # %% auto #0
 __all__ = ['source_name', 'category_rows', 'example_rows', 'optimizer_name', 'setting_rows', 'hardware_rows', 'contender_table',
-           'judge_facts', 'win_rows', 'habit_rows', 'rating_rows', 'refusals', 'measured_steps', 'writing_rows']
+           'judge_facts', 'win_rows', 'habit_rows', 'rating_rows', 'refusals', 'published_judges_to_ask',
+           'measured_steps', 'writing_rows']
 
 # %% ../nbs/05b_tables.ipynb #05b00006
 def source_name(
@@ -52,6 +54,7 @@ def optimizer_name(
     asked = r["recipe"].get("optimizer") if r["environment"]["gpu"] else "adamw_torch"
     return r["training"]["summary"].get("optimizer") or asked or "not known"
 
+# %% ../nbs/05b_tables.ipynb #05b00032
 def setting_rows(
     r: dict, # from `collect`
 ) -> list[list]: # name and value
@@ -172,6 +175,16 @@ def refusals(
         for s in j.alpaca.values():
             if s.lc_refused: reasons.setdefault(s.lc_refused, {})[j.judge] = True
     return [(why, ", ".join(who)) for why, who in reasons.items()]
+
+# %% ../nbs/05b_tables.ipynb #05b00129
+def published_judges_to_ask(
+    judgments: list[Judgment],
+) -> list[tuple[str, str]]: # benchmark and judge
+    "The benchmarks for which no verdicts compare with the published ones, and who gave those."
+    published = {"alpaca": ("AlpacaEval 2", alpaca.PUBLISHED_JUDGE),
+                 "mt_bench": ("MT-Bench", mtbench.PUBLISHED_JUDGE)}
+    return [known for kind, known in published.items()
+            if not any(j.official.get(kind) for j in judgments)]
 
 # %% ../nbs/05b_tables.ipynb #05b00028
 def _gib(row): return f"{row['peak_gib']:.1f}" if row["peak_gib"] else ""
