@@ -102,7 +102,8 @@ def test_every_clause_that_makes_alpaca_unofficial(official_files):
 
 def test_every_clause_that_makes_mt_bench_unofficial(official_files):
     questions, prompts = load_questions("official"), mtbench.load_prompts()
-    rows = [dict(question_id=q["question_id"], model=m, judge=["gpt-4", "single-v1"], score=5, turn=t) for m in "ab" for q in questions for t in (1, 2)]
+    name = lambda q, t: mtbench.prompt_name("single", q["category"] in mtbench.NEED_REFERENCE, t)
+    rows = [dict(question_id=q["question_id"], model=m, judge=["gpt-4", name(q, t)], score=5, turn=t) for m in "ab" for q in questions for t in (1, 2)]
     why = mtbench.why_unofficial
     assert why(rows, questions, prompts) == ""
     assert why(rows[:-1], questions, prompts) == "79 of 80 questions"
