@@ -265,7 +265,8 @@ def provenance(
 ) -> dict: # part of every answer's key
     "What answers depend on, besides prompt and decoding."
     adapter = Path(run_dir) / "adapter" / "adapter_model.safetensors"
-    return dict(model=recipe.base, weights=weights_fingerprint(recipe), load_in_4bit=recipe.load_in_4bit,
+    return dict(model=recipe.base, weights=weights_fingerprint(recipe),
+                load_in_4bit=recipe.load_in_4bit,
                 adapter=file_sha256(adapter)[:16] if name == "tuned" else None)
 
 def make_answerer(
