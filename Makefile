@@ -1,9 +1,10 @@
-# Two commands for a fresh machine: `make demo` and `make test`. The rest is for those who change the notebooks.
+# Two commands for a fresh machine: `make demo` and `make test`. `make site` makes pages to browse;
+# the rest is for those who change the notebooks.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test notebooks sync report clean
+.PHONY: install demo test site notebooks sync report clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py settings.ini constraints.txt
@@ -21,10 +22,19 @@ test: install            ## nbdev_test over every notebook, then tests/
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs --n_workers 2 --do_print
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder tests
 
+site: $(VENV)/.site      ## the notebooks and the API's reference as a site with search, in _docs/
+	$(BIN)/python tools/site.py _docs
+	@echo "to read it: $(BIN)/python -m http.server -d _docs"
+
+$(VENV)/.site: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[site]'
+	touch $@
+
 sync: install            ## after editing a notebook: clean it, export the library, write README.md from index.ipynb
+	$(BIN)/python tools/measured.py
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
-	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown nbs/index.ipynb --output-dir . --output README
+	$(BIN)/python tools/readme.py
 
 notebooks: install       ## run the demo afresh and put its outputs into the committed notebooks
 	rm -rf runs/demo
@@ -36,4 +46,4 @@ report: install          ## publish a finished run's report: make report RUN=run
 	$(BIN)/dolly-lora report --run-dir $(RUN) --out report
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build _docs _proc *.egg-info

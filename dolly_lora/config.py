@@ -4,173 +4,220 @@
 
 # %% ../nbs/00_config.ipynb #18cefc47
 from __future__ import annotations
-import contextlib, dataclasses, difflib, importlib.resources, logging, os, re, shlex
-import tempfile
+import base64, dataclasses, difflib, importlib.resources, logging, os, re, shlex, tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 # %% auto #0
-__all__ = ['SECRETS', 'PRESETS', 'MODEL_NAMES', 'redact', 'DollyError', 'ConfigError', 'Recipe', 'parse_overrides', 'suggest',
-           'project_root', 'is_project', 'short_path', 'sample_path', 'resolve']
+__all__ = ['KEYS', 'PRESETS', 'MODEL_NAMES', 'login_forms', 'redact', 'DollyError', 'ConfigError', 'suggest', 'Recipe',
+           'check_recipe', 'parse_overrides', 'is_project', 'project_root', 'short_path', 'sample_path', 'resolve']
 
 # %% ../nbs/00_config.ipynb #141ce964
-# bitsandbytes, imported on a CPU, complains of a kernel that nobody asked for
+# bitsandbytes warns of a missing kernel when it is imported on a CPU
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-# huggingface_hub announces every retry without a network
+# huggingface_hub reports every retry when there is no network
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 # transformers warns of settings that its own callers chose
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error");
 
 # %% ../nbs/00_config.ipynb #redact01
-SECRETS = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") # environment variables
+def login_forms(
+    address: str, # an endpoint, perhaps with `user:password@` before its host
+) -> set[str]: # empty when the address holds no login
+    "The login of an address: as it is written, as a header sends it, and its password alone."
+    found = re.match(r"(?:[^/]*//)?([^/?#]*)@", address)
+    if not found:
+        return set()
+    user, _, password = found[1].partition(":")
+    plain = f"{unquote(user)}:{unquote(password)}"
+    header = base64.b64encode(plain.encode("utf-8", "surrogateescape")).decode()
+    return {found[1], plain, header, password, unquote(password)}
 
-def _secrets(): # what must not be shown
-    for name in SECRETS:
-        value = os.environ.get(name, "").strip()
-        if not name.endswith("URL"): yield value; continue
-        with contextlib.suppress(ValueError):
-            login = urlsplit(value).netloc.rpartition("@")[0]
-            yield from (login, *login.split(":")[1:], unquote(login.partition(":")[2]))
+# %% ../nbs/00_config.ipynb #gb1bf513
+KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment variables
 
 def redact(
     text: str, # a message, a line of a log
-) -> str: # with `***` for each secret of eight characters or more
+) -> str: # with `***` for each key of eight characters or more, each login of four or more
     "Text without this process's keys and passwords."
-    for secret in sorted(_secrets(), key=len, reverse=True):
-        if len(secret) >= 8: text = text.replace(secret, "***")
+    keys = {os.environ.get(name, "").strip() for name in KEYS}
+    logins = login_forms(os.environ.get("OPENAI_BASE_URL", "").strip())
+    secrets = {k for k in keys if len(k) >= 8} | {l for l in logins if len(l) >= 4}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
     return text
 
 # %% ../nbs/00_config.ipynb #e95c6ac6
 class DollyError(ValueError):
     "A mistake the user can mend: one line that says what, where and the remedy, without a secret."
-    def __init__(self, message: str = ""): super().__init__(redact(str(message)))
-    def _render_traceback_(self) -> list[str]: return [f"{type(self).__name__}: {self}"]
+    def __init__(self, message: str = ""):
+        super().__init__(redact(str(message)))
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
 
 class ConfigError(DollyError):
     "A preset, parameter or run folder that does not make sense."
+
+# %% ../nbs/00_config.ipynb #g06e06ba
+def suggest(
+    word: str, # what was typed
+    known,     # the words that exist
+) -> str: # the end of a message: the nearest word, or all of them when none is near
+    "What the user may have meant."
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else f" (one of {', '.join(known)})"
 
 # %% ../nbs/00_config.ipynb #c6a8aaf5
 @dataclass(frozen=True)
 class Recipe:
     "Every hyperparameter of the course; the defaults are the assignment's."
-    preset: str = "llama2"                 # the preset this recipe started from
-    base: str = "meta-llama/Llama-2-7b-hf" # hub id, local folder, `smollm2` (packaged) or `tiny` (random)
+    preset: str = "llama2"               # the preset this recipe started from
+    base: str = "meta-llama/Llama-2-7b-hf" # hub id, folder, `smollm2` (packaged), `tiny` (random)
     revision: str = "01c7f73d771dfac7d292323805ebc428287df4f9" # commit of the hub repository
-    dataset: str = "databricks/databricks-dolly-15k" # hub id, path (.jsonl, .jsonl.xz, .json, .parquet) or `sample`
-    seed: int = 42                         # split, shuffling, adapter initialisation, dropout, sampling
-    max_length: int = 1024                 # tokens an example is cut at
-    val_fraction: float = 0.1              # share of records for validation
-    test_fraction: float = 0.1             # share of records for the held-out test
-    train_on: str = "response"             # loss on the `response` only, or on `all` tokens
-    load_in_4bit: bool = True              # NF4, double quantisation (on CUDA; a CPU gets plain weights)
-    lora_r: int = 16                       # rank of the adapters
-    lora_alpha: int = 32                   # the update is scaled by lora_alpha / lora_r
-    lora_dropout: float = 0.05             # on the adapters' input
-    batch_size: int = 16                   # examples an optimizer step
-    memory: str = "auto"                   # `speed` keeps activations, `frugal` does not, `auto`: what fits
-    epochs: float = 3.0                    # passes over the training split
-    max_steps: int = 0                     # stop after this many optimizer steps (0: as epochs say)
-    learning_rate: float = 2e-4            # peak, reached after warmup, then a cosine to zero
-    warmup_ratio: float = 0.03             # share of the steps
-    weight_decay: float = 0.0              # of AdamW
-    max_grad_norm: float = 1.0             # gradients are clipped to this norm
-    optimizer: str = "adamw_torch_fused"   # on CUDA (the assignment's: paged_adamw_8bit); a CPU uses adamw_torch
-    seeds: int = 1                         # trainings, with seed, seed + 1, ... on the same split
-    eval_steps: int = 500                  # steps between validations, each with a checkpoint
-    logging_steps: int = 10                # steps between log lines
-    test_answers: int = 0                  # test prompts answered in 03_eval (0: all)
-    alpaca: str = "sample"                 # AlpacaEval: a path (.json, .json.xz), `official` or `sample`
-    mtbench: str = "sample"                # MT-Bench questions: a path (.jsonl), `official` or `sample`
-    judge: str = "local"                   # `local` (the base model), `local:NAME`, or OPENAI_BASE_URL's NAME
-    max_new_tokens: int = 512              # longest answer to a test prompt or in the chat, in tokens
-    benchmark_tokens: int = 1024           # longest answer to AlpacaEval and MT-Bench (its own limit)
-    generation_batch_size: int = 16        # prompts answered together
+    dataset: str = "databricks/databricks-dolly-15k" # hub id, path or `sample`
+    seed: int = 42                       # split, order, adapter initialisation, dropout, sampling
+    max_length: int = 1024               # tokens an example is cut at
+    val_fraction: float = 0.1            # share of records for validation
+    test_fraction: float = 0.1           # share of records for the held-out test
+    train_on: str = "response"           # loss on the `response` only, or on `all` tokens
+    load_in_4bit: bool = True            # NF4, double quantisation; only where there is CUDA
+    lora_r: int = 16                     # rank of the adapters
+    lora_alpha: int = 32                 # the update is scaled by lora_alpha / lora_r
+    lora_dropout: float = 0.05           # on the adapters' input
+    batch_size: int = 16                 # examples an optimizer step
+    memory: str = "auto"                 # keep activations (`speed`), do not (`frugal`), or `auto`
+    epochs: float = 3.0                  # passes over the training split
+    max_steps: int = 0                   # stop after this many optimizer steps (0: as epochs say)
+    learning_rate: float = 2e-4          # peak, reached after warmup, then a cosine to zero
+    warmup_ratio: float = 0.03           # share of the steps
+    weight_decay: float = 0.0            # of AdamW
+    max_grad_norm: float = 1.0           # gradients are clipped to this norm
+    optimizer: str = "adamw_torch_fused" # on CUDA (the assignment's: paged_adamw_8bit)
+    seeds: int = 1                       # trainings, with seed, seed + 1, ... on the same split
+    eval_steps: int = 500                # steps between validations, each with a checkpoint
+    logging_steps: int = 10              # steps between log lines
+    test_answers: int = 0                # test prompts answered in 03_eval (0: all)
+    alpaca: str = "sample"               # AlpacaEval: path (.json, .json.xz), `official`, `sample`
+    mtbench: str = "sample"              # MT-Bench: path (.jsonl), `official` or `sample`
+    judge: str = "local"                 # `local` (the base), `local:NAME`, or an endpoint's NAME
+    max_new_tokens: int = 512            # longest answer to a test prompt or in the chat, in tokens
+    benchmark_tokens: int = 1024         # longest answer to AlpacaEval and MT-Bench, in tokens
+    generation_batch_size: int = 16      # prompts answered together
 
-    def __post_init__(self): _check(self)
+    def __post_init__(self):
+        check_recipe(self)
 
 # %% ../nbs/00_config.ipynb #i6611732
-def _check(recipe): # `ConfigError` for a value that cannot be meant
-    if recipe.train_on not in ("response", "all"):
-        raise ConfigError(f"train_on={recipe.train_on!r}: choose response or all")
-    if re.match("adafactor|galore|lomo|adalomo|grokadamw|apollo|stable_adamw|schedule_free|muon", recipe.optimizer):
-        raise ConfigError(f"optimizer={recipe.optimizer}: the adapters are updated as one flat tensor, which wants "
-                          f"an element-wise optimizer: choose adamw_torch_fused, adamw_8bit, sgd or lion_32bit")
-    if recipe.memory not in ("auto", "speed", "frugal"):
-        raise ConfigError(f"memory={recipe.memory!r}: choose auto, speed or frugal")
-    if not (0 < recipe.val_fraction and 0 < recipe.test_fraction and recipe.val_fraction + recipe.test_fraction < 1):
-        raise ConfigError(f"val_fraction={recipe.val_fraction}, test_fraction={recipe.test_fraction}: both above 0, "
-                          f"their sum below 1")
-    if not (0 <= recipe.lora_dropout < 1 and 0 <= recipe.warmup_ratio < 1 and recipe.weight_decay >= 0
-            and recipe.max_steps >= 0 and recipe.test_answers >= 0):
-        raise ConfigError("lora_dropout and warmup_ratio lie in [0, 1); weight_decay, "
-                          "max_steps and test_answers are not negative")
-    for name in ("lora_alpha", "max_grad_norm", "max_length", "lora_r", "batch_size", "epochs", "learning_rate",
-                 "eval_steps", "logging_steps", "seeds", "max_new_tokens", "benchmark_tokens",
-                 "generation_batch_size"):
-        if not 0 < getattr(recipe, name) < float("inf"):
-            raise ConfigError(f"{name}={getattr(recipe, name)}: must be above 0")
+def check_recipe(
+    recipe: Recipe, # of the declared types; `ConfigError` names the field and what it takes
+):
+    "Refuse values that make no sense, alone or together."
+    r = recipe
+    if r.train_on not in ("response", "all"):
+        raise ConfigError(f"train_on={r.train_on!r}: choose response or all")
+    if r.memory not in ("auto", "speed", "frugal"):
+        raise ConfigError(f"memory={r.memory!r}: choose auto, speed or frugal")
+    not_elementwise = ("adafactor|galore|lomo|adalomo|grokadamw|apollo|"
+                       "stable_adamw|schedule_free|muon")
+    if re.match(not_elementwise, r.optimizer):
+        raise ConfigError(f"optimizer={r.optimizer}: the adapters are updated as one flat tensor, "
+                          f"so the optimizer must be element-wise: choose adamw_torch_fused, "
+                          f"adamw_8bit, sgd or lion_32bit")
+
+    positive = ("max_length", "lora_r", "lora_alpha", "batch_size", "epochs", "learning_rate",
+                "max_grad_norm", "seeds", "eval_steps", "logging_steps", "max_new_tokens",
+                "benchmark_tokens", "generation_batch_size")
+    for name in positive:
+        if not 0 < getattr(r, name) < float("inf"):
+            raise ConfigError(f"{name}={getattr(r, name)}: must be above 0")
+    for name in "weight_decay", "max_steps", "test_answers":
+        if not 0 <= getattr(r, name) < float("inf"):
+            raise ConfigError(f"{name}={getattr(r, name)}: must not be negative")
+    for name in "lora_dropout", "warmup_ratio":
+        if not 0 <= getattr(r, name) < 1:
+            raise ConfigError(f"{name}={getattr(r, name)}: must be at least 0 and below 1")
+
+    held_out = r.val_fraction + r.test_fraction
+    if not (r.val_fraction > 0 and r.test_fraction > 0 and held_out < 1):
+        raise ConfigError(f"val_fraction={r.val_fraction}, test_fraction={r.test_fraction}: "
+                          f"both above 0, their sum below 1")
+    last_seed = r.seed + r.seeds - 1
+    if r.seed < 0 or last_seed >= 2**32:
+        raise ConfigError(f"seed={r.seed}: must be from 0 to {2**32 - r.seeds:,} "
+                          f"(with seeds={r.seeds})")
 
 # %% ../nbs/00_config.ipynb #535116a3
-_smollm2 = dict(base="smollm2", revision="")
-_small = dict(dataset="sample", load_in_4bit=False, epochs=1.0, learning_rate=1e-3, logging_steps=1)
+_SMOLLM2 = dict(base="smollm2", revision="")
+_SMALL = dict(dataset="sample", load_in_4bit=False, revision="", epochs=1.0,
+              learning_rate=1e-3, logging_steps=1)
 
-PRESETS = {r.preset: r for r in (  # name -> Recipe
-    Recipe(**_small | dict(preset="tiny", base="tiny", revision="", max_length=256, max_steps=6, eval_steps=3,
-                           test_answers=4, max_new_tokens=8, benchmark_tokens=8)),
-    Recipe(**_small | _smollm2 | dict(preset="demo", max_length=512, max_steps=8, eval_steps=4,
-                                      max_new_tokens=64, benchmark_tokens=64)),
-    Recipe(**_smollm2 | dict(preset="smollm2", seeds=3, max_new_tokens=256, generation_batch_size=512)),
-    Recipe(preset="llama2", generation_batch_size=128),
-    Recipe(preset="llama2-t4", max_length=512, eval_steps=100, test_answers=200,
-           max_new_tokens=256, benchmark_tokens=512, generation_batch_size=8))}
+PRESETS = {  # name -> Recipe
+    "tiny": Recipe(preset="tiny", base="tiny", **_SMALL, max_length=256, max_steps=6,
+                   eval_steps=3, test_answers=4, max_new_tokens=8, benchmark_tokens=8),
+    "demo": Recipe(preset="demo", **_SMALL | _SMOLLM2, max_length=512, max_steps=8, eval_steps=4,
+                   max_new_tokens=64, benchmark_tokens=64),
+    "smollm2": Recipe(preset="smollm2", **_SMOLLM2, seeds=3, max_new_tokens=256,
+                      generation_batch_size=512),
+    "llama2": Recipe(preset="llama2", generation_batch_size=128),
+    "llama2-t4": Recipe(preset="llama2-t4", max_length=512, eval_steps=100, test_answers=200,
+                        max_new_tokens=256, benchmark_tokens=512, generation_batch_size=8)}
 
 MODEL_NAMES = {  # base -> its name for people
-            "smollm2": "SmolLM2-135M-Instruct", "tiny": "a random two-layer Llama",
-          "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B", "random-7b": "LLaMA-2-7B's shape, random weights"}
+    "smollm2": "SmolLM2-135M-Instruct",
+    "tiny": "a random two-layer Llama",
+    "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B",
+    "random-7b": "LLaMA-2-7B's shape, random weights"}
 
 # %% ../nbs/00_config.ipynb #cc7af6ab
 def parse_overrides(
-    overrides: str, # space-separated `field=value` pairs, e.g. "epochs=1 lora_r=8"; quoted where a value has a space
-) -> dict: # field name -> value of the field's type; `ConfigError` names an unknown field or a bad value
+    overrides: str, # `field=value` pairs: "epochs=1 lora_r=8"; quoted where a value has a space
+) -> dict: # field -> value of the field's type; `ConfigError` for an unknown field or a bad value
     "Read overrides as the types that `Recipe` declares."
     kinds = {f.name: type(f.default) for f in dataclasses.fields(Recipe)}
+    try:
+        pairs = shlex.split(overrides)
+    except ValueError:
+        raise ConfigError(f"cannot read {overrides!r}: a quote is opened and not closed") from None
     out = {}
-    try: pairs = shlex.split(overrides)
-    except ValueError: raise ConfigError(f"cannot read {overrides!r}: a quote is opened and not closed") from None
     for pair in pairs:
         name, eq, value = pair.partition("=")
         if not eq or name not in kinds or name == "preset":
             raise ConfigError(f"cannot set {pair!r}: write field=value, "
                               f"with a field of Recipe{suggest(name, kinds)}")
+        kind = kinds[name]
         try:
-            out[name] = ({"true": True, "false": False}[value.lower()] if kinds[name] is bool
-                         else kinds[name](value))
+            out[name] = dict(true=True, false=False)[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
-            raise ConfigError(f"cannot set {name} to {value!r}: it takes {kinds[name].__name__}") from None
+            raise ConfigError(f"cannot set {name} to {value!r}: it takes {kind.__name__}") from None
     return out
 
-def suggest(word, known):
-    near = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {near[0]}?)" if near else f" (one of {', '.join(known)})"
-
 # %% ../nbs/00_config.ipynb #ad664a4f
-def project_root() -> Path: # the nearest folder upwards with this project's settings.ini, else the current one
+def is_project(
+    settings: Path, # a `settings.ini`, perhaps somebody else's
+) -> bool: # False when it cannot be read
+    "Does this file belong to dolly_lora?"
+    try:
+        text = settings.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return re.search(r"(?m)^lib_name *= *dolly_lora *$", text) is not None
+
+def project_root() -> Path: # the current folder when no project is above it
     "Where relative paths are anchored."
     here = Path.cwd()
-    return next((p for p in (here, *here.parents) if is_project(p / "settings.ini")), here)
+    for folder in (here, *here.parents):
+        if is_project(folder / "settings.ini"):
+            return folder
+    return here
 
-def is_project(settings): # other projects have a settings.ini, too
-    try: return re.search(r"(?m)^lib_name *= *dolly_lora *$", settings.read_text(encoding="utf-8")) is not None
-    except (OSError, UnicodeDecodeError): return False
-
-# %% ../nbs/00_config.ipynb #2efd50ef
 def short_path(
     path: Path, # any
-) -> str: # relative to the project where it lies inside
+) -> str: # relative to the project when it lies inside
     "A path as people want to read it."
-    return str(Path(path).relative_to(project_root()) if Path(path).is_relative_to(project_root())
-               else path)
+    path, root = Path(path), project_root()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 # %% ../nbs/00_config.ipynb #6e91e143
 def sample_path(
@@ -181,18 +228,26 @@ def sample_path(
 
 # %% ../nbs/00_config.ipynb #b913d93a
 def resolve(
-    preset: str = "demo",  # a key of `PRESETS`
-    run_dir: str = "",     # folder of the run; default `runs/PRESET`
-    dataset: str = "",     # overrides the preset's data: hub id, path or `sample`
-    overrides: str = "",   # see `parse_overrides`
-) -> tuple[Recipe, Path]: # the recipe and the run's folder, made if need be; `ConfigError` for an unknown name
+    preset: str = "demo", # a key of `PRESETS`
+    run_dir: str = "",    # folder of the run; default `runs/PRESET`
+    dataset: str = "",    # overrides the preset's data: hub id, path or `sample`
+    overrides: str = "",  # see `parse_overrides`
+) -> tuple[Recipe, Path]: # the recipe and the run's folder; `ConfigError` for what does not exist
     "What a notebook's parameters mean."
     if os.environ.get("IN_TEST") and preset == "demo":
-        preset, run_dir = "tiny", run_dir or tempfile.mkdtemp(prefix="dolly_lora_")
-    if preset not in PRESETS: raise ConfigError(f"unknown preset {preset!r}{suggest(preset, PRESETS)}")
-    changes = parse_overrides(overrides) | ({"dataset": dataset} if dataset else {})
-    if "epochs" in changes: changes.setdefault("max_steps", 0)   # who asks for epochs wants those epochs
-    if "base" in changes: changes.setdefault("revision", "")      # another model has other commits
-    recipe, folder = dataclasses.replace(PRESETS[preset], **changes), project_root() / (run_dir or f"runs/{preset}")
-    if folder.exists() and not folder.is_dir(): raise ConfigError(f"{run_dir} is a file: give a folder as run_dir")
+        preset = "tiny"
+        run_dir = run_dir or tempfile.mkdtemp(prefix="dolly_lora_")
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}{suggest(preset, PRESETS)}")
+    changes = parse_overrides(overrides)
+    if dataset:
+        changes["dataset"] = dataset
+    if "epochs" in changes:
+        changes.setdefault("max_steps", 0)   # whoever asks for epochs wants those epochs
+    if "base" in changes:
+        changes.setdefault("revision", "")   # another model has other commits
+    recipe = dataclasses.replace(PRESETS[preset], **changes)
+    folder = project_root() / (run_dir or f"runs/{preset}")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{run_dir} is a file: give a folder as run_dir")
     return recipe, folder

@@ -4,132 +4,18 @@
 
 # %% ../nbs/01_data.ipynb #6bae4c46
 from __future__ import annotations
-import collections, contextlib, hashlib, json, lzma, re
+import collections, hashlib
 from pathlib import Path
-from .config import DollyError, project_root, Recipe, sample_path, short_path
-from .files import file_sha256, parse_json, read_json, read_jsonl, write_json, write_jsonl
+from .config import Recipe
+from .files import file_sha256, write_json, write_jsonl
 from .runs import hold_run
+from dolly_lora.sources import (
+    check_splits, DataError, DOLLY, FIELDS, load_dolly, read_records, source_sha256,
+    strip_citations)
 
 # %% auto #0
-__all__ = ['FIELDS', 'DOLLY', 'DataError', 'load_dolly', 'strip_citations', 'normalise', 'clean', 'split', 'build_prompt',
-           'build_conversation', 'encode', 'encode_all', 'encode_split', 'prepare_data']
-
-# %% ../nbs/01_data.ipynb #29b209f7
-FIELDS = ["instruction", "context", "response", "category"]
-DOLLY = dict(id="databricks/databricks-dolly-15k", file="databricks-dolly-15k.jsonl",
-             revision="bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a",
-             sha256="2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec")
-
-class DataError(DollyError):
-    "Data that cannot be used: names the file, the line and what is wrong there."
-
-# %% ../nbs/01_data.ipynb #4fae9fe9
-def _record(row, where):
-    "One row as the four strings, or a `DataError` that says `where`."
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with {', '.join(FIELDS)}, found {type(row).__name__}")
-    for field in FIELDS:
-        if field not in row:
-            has = ", ".join(ascii(str(name)[:30])[1:-1] for name in list(row)[:8])
-            raise DataError(f"{where}: field {field!r} is missing (has: {has or 'nothing'})")
-        if not isinstance(row[field], str):
-            raise DataError(f"{where}: field {field!r} must be text, found {type(row[field]).__name__}")
-        try: row[field].encode("utf-8")
-        except UnicodeEncodeError as e:
-            raise DataError(f"{where}: field {field!r} has half of a surrogate pair at character {e.start + 1} "
-                            f"(\\u{ord(row[field][e.start]):04x}): write the whole character") from None
-    for field in "instruction", "category":
-        if not row[field].strip(): raise DataError(f"{where}: field {field!r} is empty")
-    return {field: row[field] for field in FIELDS}
-
-# %% ../nbs/01_data.ipynb #d725dd13
-def _read_jsonl(path):
-    for where, row in read_jsonl(path, DataError): yield _record(row, where)
-
-def _read_json(path):
-    try: text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError: raise DataError(f"{path.name}: not UTF-8: save the file as UTF-8") from None
-    rows = parse_json(text, path.name, DataError)
-    if not isinstance(rows, list):
-        raise DataError(f"{path.name}: expected a list of records, found {type(rows).__name__}")
-    return (_record(r, f"{path.name} record {n}") for n, r in enumerate(rows, 1))
-
-# %% ../nbs/01_data.ipynb #e8ba5514
-def _read_parquet(path):
-    import pyarrow.parquet as pq
-    try: rows = pq.read_table(path).to_pylist()
-    except Exception as e:  # a dozen kinds, from a wrong magic number to text that is no UTF-8
-        said = " ".join(str(e).split())[:120]
-        raise DataError(f"{path.name}: not a parquet file that can be read ({said})") from None
-    return (_record(r, f"{path.name} row {n}") for n, r in enumerate(rows, 1))
-
-# %% ../nbs/01_data.ipynb #d85dc1c8
-def _download(source):
-    "The pinned file of Dolly, or another hub data set's train split, as rows."
-    from datasets import load_dataset
-    from huggingface_hub import hf_hub_download
-    try:
-        if source != DOLLY["id"]:
-            return (_record(r, f"{source} row {n}")
-                    for n, r in enumerate(load_dataset(source, split="train"), 1))
-        path = Path(hf_hub_download(source, DOLLY["file"], repo_type="dataset", revision=DOLLY["revision"]))
-    except Exception as e:  # a dozen kinds, from DNS to 404
-        raise DataError(f"cannot get {source} from the hub ({type(e).__name__}): "
-                        "give the path of a local copy, or dataset=sample for the embedded one") from None
-    if (got := file_sha256(path)) != DOLLY["sha256"]:
-        raise DataError(f"{path.name} from the hub has SHA-256 {got[:12]}…, "
-                        f"expected {DOLLY['sha256'][:12]}…: delete it from the hub cache and try again")
-    return _read_jsonl(path)
-
-# %% ../nbs/01_data.ipynb #18cbcb20
-_READERS = {".jsonl": _read_jsonl, ".xz": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-
-def _local(source): # the path that a source means if it is a file
-    return sample_path("dolly_sample.jsonl") if str(source) == "sample" else project_root() / source
-
-def _is_file(path):
-    try: return path.is_file()
-    except (OSError, ValueError): return False  # a name too long, or with a zero byte
-
-def _read_file(path): # records
-    if path.suffix not in _READERS:
-        raise DataError(f"{path.name}: cannot read {path.suffix or 'a file without suffix'}: "
-                        f"give .jsonl, .jsonl.xz, .json or .parquet")
-    try: return list(_READERS[path.suffix](path))
-    except (lzma.LZMAError, EOFError):
-        raise DataError(f"{path.name}: the xz file is damaged or cut short: fetch it again") from None
-    except OSError as e:
-        raise DataError(f"{path.name}: cannot be read ({e.strerror or e}): look at its rights") from None
-
-# %% ../nbs/01_data.ipynb #c5265087
-def load_dolly(
-    source: str, # hub id, path (.jsonl, .jsonl.xz, .json, .parquet; relative to the project) or `sample`
-): # `datasets.Dataset`, string columns instruction, context, response, category; `DataError` names file and line
-    "Read Dolly, or data of its shape."
-    from datasets import Dataset
-    path = _local(source)
-    if _is_file(path): rows = _read_file(path)
-    elif path.suffix in _READERS or str(source).count("/") != 1 or str(source).startswith((".", "/")):
-        raise DataError(f"no data at {source!r}: give an existing file, a hub id (owner/name) or `sample`")
-    else: rows = list(_download(str(source)))
-    if not rows: raise DataError(f"{source}: holds no records")
-    return Dataset.from_list(rows)
-
-# %% ../nbs/01_data.ipynb #6dbb308c
-_MARK = re.compile(
-    r"(?<=\S)\[(?:"
-    r"[1-9]\d{0,2}|[a-z]|[A-Z](?=\]\W)"                              # [12], [a], [B]
-    r"|(?:note|nb|list|[nptNPT]|[Nn]\.|Note|Jp) ?(?:\d{1,3}|[a-z])"  # [note 3], [nb 2]
-    r"|[a-z -]*(?:needed|verification|not found)"                    # [citation needed]
-    r"|when\?|who\?|by whom\?|which\?|where\?|dubious[^\[\]]*"       # [when?]
-    r")\](?!\w)")
-_CODE = re.compile(r"\w\[0\]|\w\[\w+\] ?[=(.]|= ?\[")
-
-def strip_citations(
-    text: str, # of a context
-) -> tuple[str, int]: # the text without the marks, how many there were
-    "Remove Wikipedia's citation marks, and nothing else in brackets."
-    return (text, 0) if _CODE.search(text) else _MARK.subn("", text)
+__all__ = ['normalise', 'clean', 'place', 'split', 'build_prompt', 'build_conversation', 'encode_all', 'encode', 'encode_split',
+           'write_splits', 'prepare_data']
 
 # %% ../nbs/01_data.ipynb #a30f119c
 def normalise(
@@ -138,52 +24,69 @@ def normalise(
     "What two texts are compared by."
     return " ".join(text.casefold().split())
 
-# %% ../nbs/01_data.ipynb #a30f1117
 def clean(
     records, # from `load_dolly`
 ) -> tuple[list[dict], dict]: # the records that stay, in an order of their own; what was counted
-    "Strip, remove citation marks, drop empty responses and duplicates; the order of the input does not matter."
-    count = dict(read=len(records), empty_responses=0, exact_duplicates=0, normalised_duplicates=0,
-                 citation_marks=0, contexts_with_marks=0)
+    "Strip, remove citation marks, drop empty responses and duplicates; order does not matter."
+    count = dict(read=len(records), empty_responses=0, exact_duplicates=0,
+                 normalised_duplicates=0, citation_marks=0, contexts_with_marks=0)
     exact, kept = set(), {}
     for row in sorted(records, key=lambda r: [r[f] for f in FIELDS]):
-        if not row["response"].strip(): count["empty_responses"] += 1; continue
+        if not row["response"].strip():
+            count["empty_responses"] += 1
+            continue
         raw = tuple(row[f] for f in FIELDS[:3])
-        if raw in exact: count["exact_duplicates"] += 1; continue
+        if raw in exact:
+            count["exact_duplicates"] += 1
+            continue
         exact.add(raw)
         context, marks = strip_citations(row["context"])
         row = {f: t.strip() for f, t in row.items()} | {"context": context.strip()}
         key = tuple(normalise(row[f]) for f in FIELDS[:3])
-        if key in kept: count["normalised_duplicates"] += 1; continue
+        if key in kept:
+            count["normalised_duplicates"] += 1
+            continue
         kept[key] = row
-        count["citation_marks"] += marks; count["contexts_with_marks"] += bool(marks)
+        count["citation_marks"] += marks
+        count["contexts_with_marks"] += bool(marks)
     return list(kept.values()), count | {"kept": len(kept)}
 
 # %% ../nbs/01_data.ipynb #4283fe3a
-def _place(row, seed):
-    "Where a record comes in its category's line: made from the seed and the passage, or the instruction without one."
-    return hashlib.sha256(f"{seed}\0{normalise(row['context'] or row['instruction'])}".encode()).hexdigest()
+def place(
+    row: dict, # a record
+    seed: int, # of the split
+) -> str: # hexadecimal digits; equal for records of one passage
+    "Where a record stands in line: as good as random, and always the same."
+    passage = normalise(row["context"] or row["instruction"])
+    return hashlib.sha256(f"{seed}\0{passage}".encode()).hexdigest()
 
 def split(
-    records: list[dict],  # cleaned
-    recipe: Recipe,       # `seed`, `val_fraction`, `test_fraction`
+    records: list[dict], # cleaned
+    recipe: Recipe,      # `seed`, `val_fraction`, `test_fraction`
 ) -> dict[str, list[dict]]: # train, val and test
-    "Stratify by category, keep records of one passage together, and depend on nothing but text and seed."
-    home, lines = {}, collections.defaultdict(dict)
+    "Stratify by category, keep records of one passage together, depend on text and seed alone."
+    category_of = {}                           # place -> category
+    lines = collections.defaultdict(dict)      # category -> place -> records
     for row in sorted(records, key=lambda r: [r[f] for f in FIELDS]):
-        place = _place(row, recipe.seed)
-        category = home.setdefault(place, row["category"])  # of its first record: a passage stays whole
-        lines[category].setdefault(place, []).append(row)
-    out = dict(train=[], val=[], test=[])
+        where = place(row, recipe.seed)
+        # a passage with questions of two categories counts for that of its first record
+        category = category_of.setdefault(where, row["category"])
+        lines[category].setdefault(where, []).append(row)
+
+    parts = dict(train=[], val=[], test=[])
     for line in lines.values():
-        total, seen = sum(map(len, line.values())), 0
-        test = round(total * recipe.test_fraction)
-        held_out = round(total * (recipe.test_fraction + recipe.val_fraction))
+        total = sum(len(rows) for rows in line.values())
+        test_end = round(total * recipe.test_fraction)
+        val_end = round(total * (recipe.test_fraction + recipe.val_fraction))
+        done = 0
         for _, rows in sorted(line.items()):
-            name = "test" if seen < test else "val" if seen < held_out else "train"
-            out[name] += rows; seen += len(rows)
-    order = lambda r: (_place(r, recipe.seed), r["instruction"], r["response"])
-    return {name: sorted(rows, key=order) for name, rows in out.items()}
+            name = "test" if done < test_end else "val" if done < val_end else "train"
+            parts[name] += rows
+            done += len(rows)
+
+    def order(row):
+        return place(row, recipe.seed), row["instruction"], row["response"]
+    return {name: sorted(rows, key=order) for name, rows in parts.items()}
 
 # %% ../nbs/01_data.ipynb #2d4eb689
 def build_prompt(
@@ -194,107 +97,100 @@ def build_prompt(
     block = f"### Context:\n{context}\n\n" if context else ""
     return f"### Instruction:\n{instruction}\n\n{block}### Response:\n"
 
-# %% ../nbs/01_data.ipynb #d498d66c
 def build_conversation(
     turns: list[tuple[str, str]], # earlier (instruction, response) pairs
     instruction: str,             # the new one
     eos: str,                     # the tokenizer's end token, as text
 ) -> str: # ends where the next response begins
     "A prompt with its history."
-    return "".join(f"{build_prompt(i)}{r}{eos}\n\n" for i, r in turns) + build_prompt(instruction)
-
-# %% ../nbs/01_data.ipynb #ac264ab0
-def encode(
-    row: dict,          # a record
-    tokenizer,          # of the base model
-    max_length: int,    # tokens kept
-    train_on: str = "response", # or `all`: then no label is masked
-) -> dict: # input_ids and labels, two lists of equal length, and `cut`, how many tokens were lost
-    "Token ids and labels of one example; −100 marks what is not learnt."
-    return encode_all([row], tokenizer, max_length, train_on)[0]
+    earlier = [f"{build_prompt(asked)}{said}{eos}\n\n" for asked, said in turns]
+    return "".join(earlier) + build_prompt(instruction)
 
 # %% ../nbs/01_data.ipynb #ac264a13
 def encode_all(
-    rows: list[dict],   # records
-    tokenizer,          # of the base model
-    max_length: int,    # tokens kept
-    train_on: str = "response", # or `all`
-) -> list[dict]: # one for each row, as `encode` gives
-    "`encode` for many records, tokenised together."
+    rows: list[dict], # records
+    tokenizer,        # of the base model
+    max_length: int,  # tokens an example is cut at
+    train_on: str = "response", # or `all`: then no label is masked
+) -> list[dict]: # for each row input_ids and labels of equal length, and `cut`, the tokens lost
+    "Token ids and labels of many examples; −100 marks what is not learnt."
     prompts = [build_prompt(r["instruction"], r["context"]) for r in rows]
-    whole = [p + r["response"] for p, r in zip(prompts, rows)]
-    out = []
-    for row, prompt, ids in zip(rows, tokenizer(prompts).input_ids, tokenizer(whole).input_ids):
-        if ids[:len(prompt)] != prompt:  # the tokenizer joins the end of one with the start of the other
+    texts = [prompt + row["response"] for prompt, row in zip(prompts, rows)]
+    prompt_ids, text_ids = tokenizer(prompts).input_ids, tokenizer(texts).input_ids
+    examples = []
+    for row, prompt, ids in zip(rows, prompt_ids, text_ids):
+        if ids[:len(prompt)] != prompt:
+            # the tokenizer has joined the end of the prompt with the start of the response
             ids = prompt + tokenizer(row["response"], add_special_tokens=False).input_ids
-        ids, start = ids + [tokenizer.eos_token_id], len(prompt) if train_on == "response" else 0
+        ids = ids + [tokenizer.eos_token_id]
+        start = len(prompt) if train_on == "response" else 0
         labels = [-100] * start + ids[start:]
-        cut = max(0, len(ids) - max_length)
-        out.append(dict(input_ids=ids[:max_length], labels=labels[:max_length], cut=cut))
-    return out
+        examples.append(dict(input_ids=ids[:max_length], labels=labels[:max_length],
+                             cut=max(0, len(ids) - max_length)))
+    return examples
+
+def encode(
+    row: dict,       # a record
+    tokenizer,       # of the base model
+    max_length: int, # tokens an example is cut at
+    train_on: str = "response", # or `all`
+) -> dict: # as one of `encode_all`
+    "Token ids and labels of one example."
+    return encode_all([row], tokenizer, max_length, train_on)[0]
 
 # %% ../nbs/01_data.ipynb #c1637fdd
 def encode_split(
-    rows: list[dict],   # records of one split
-    tokenizer,          # of the base model
-    recipe: Recipe,     # `max_length`, `train_on`
-): # `datasets.Dataset` of input_ids and labels; counts of examples, cut, tokens_cut, dropped, tokens, response_tokens
+    rows: list[dict], # records of one split
+    tokenizer,        # of the base model
+    recipe: Recipe,   # `max_length`, `train_on`
+): # a `datasets.Dataset` of input_ids and labels; counts of examples, cut and dropped ones, tokens
     "Encode a split and count what was cut or dropped."
     from datasets import Dataset
-    every = encode_all(rows, tokenizer, recipe.max_length, recipe.train_on)
-    kept = [e for e in every if any(l != -100 for l in e["labels"][1:])]  # the first token has nothing before it
-    counts = dict(examples=len(kept), cut=sum(e["cut"] > 0 for e in kept),
-                  tokens_cut=sum(e["cut"] for e in kept), dropped=len(every) - len(kept),
+    examples = encode_all(rows, tokenizer, recipe.max_length, recipe.train_on)
+    # nothing stands before the first token, so it is never predicted
+    kept = [e for e in examples if any(label != -100 for label in e["labels"][1:])]
+    counts = dict(examples=len(kept),
+                  cut=sum(e["cut"] > 0 for e in kept),
+                  tokens_cut=sum(e["cut"] for e in kept),
+                  dropped=len(examples) - len(kept),
                   tokens=sum(len(e["input_ids"]) for e in kept),
-                  response_tokens=sum(l != -100 for e in kept for l in e["labels"]))
-    return Dataset.from_list([{k: e[k] for k in ("input_ids", "labels")} for e in kept]), counts
+                  response_tokens=sum(label != -100 for e in kept for label in e["labels"]))
+    kept = [dict(input_ids=e["input_ids"], labels=e["labels"]) for e in kept]
+    return Dataset.from_list(kept), counts
 
 # %% ../nbs/01_data.ipynb #e1e8c3bd
-def _source_sha256(source): # of the file behind a source; None: not known without a download
-    if str(source) == DOLLY["id"]: return DOLLY["sha256"]
-    with contextlib.suppress(OSError):
-        if _is_file(path := _local(source)): return file_sha256(path)
-
-def _write_splits(recipe, folder): # the statistics last: their presence says that the others are complete
-    source = _source_sha256(recipe.dataset)
+def write_splits(
+    recipe: Recipe, # which data, which split
+    folder: Path,   # gets train.jsonl, val.jsonl, test.jsonl and statistics.json
+):
+    "Load, clean, split and write; `DataError` when a split would be empty."
+    fingerprint = source_sha256(recipe.dataset)
     rows, counts = clean(load_dolly(recipe.dataset))
-    parts, files = split(rows, recipe), {}
+    parts = split(rows, recipe)
     for name, part in parts.items():
         if not part:
-            raise DataError(f"{recipe.dataset}: {len(rows)} records are too few for a {name} split: "
-                            f"bring at least ten of a category")
+            raise DataError(f"{recipe.dataset}: {len(rows)} records are too few for a {name} "
+                            f"split: bring at least ten of a category")
+    categories, files = {}, {}
+    for name, part in parts.items():
         path = folder / f"{name}.jsonl"
         write_jsonl(path, part)
         files[name] = file_sha256(path)
-    categories = {n: dict(sorted(collections.Counter(r["category"] for r in p).items()))
-                  for n, p in parts.items()}
-    sizes = {n: len(p) for n, p in parts.items()}
+        categories[name] = dict(sorted(collections.Counter(r["category"] for r in part).items()))
+    # written last: where they are, the three files are complete
     write_json(folder / "statistics.json",
-               dict(source=recipe.dataset, source_sha256=source, cleaning=counts, splits=sizes,
+               dict(source=recipe.dataset, source_sha256=fingerprint, cleaning=counts,
+                    splits={name: len(part) for name, part in parts.items()},
                     categories=categories, files_sha256=files))
 
-# %% ../nbs/01_data.ipynb #c681c990
-def _check_splits(recipe, folder): # `DataError` when the source or a written file is another than it was
-    there = read_json(folder / "statistics.json")
-    before, now = there.get("source_sha256"), _source_sha256(recipe.dataset)
-    if before and now and before != now:
-        raise DataError(f"{recipe.dataset} has changed since {short_path(folder)} was made from it "
-                        f"(SHA-256 {before[:12]}… then, {now[:12]}… now): choose another run_dir, "
-                        f"or delete {short_path(folder.parent)}")
-    for name, expected in there.get("files_sha256", {}).items():
-        path = folder / f"{name}.jsonl"
-        if not path.exists() or file_sha256(path) != expected:
-            raise DataError(f"{short_path(path)} is missing, cut short or edited: "
-                            f"delete {short_path(folder)} and run 01_data again")
-
-# %% ../nbs/01_data.ipynb #e951187c
 def prepare_data(
     recipe: Recipe, # which data, which split
     run_dir: Path,  # files go to RUN_DIR/data
-) -> dict[str, list[dict]]: # train, val, test; `DataError` when source or files are not what they were
+) -> dict[str, list[dict]]: # train, val, test; `DataError` when source or files have changed
     "Load, clean and split once; later calls read what the first one wrote."
     folder = Path(run_dir) / "data"
     if not (folder / "statistics.json").exists():
-        with hold_run(run_dir): _write_splits(recipe, folder)
-    _check_splits(recipe, folder)
-    return {name: list(_read_jsonl(folder / f"{name}.jsonl")) for name in ("train", "val", "test")}
+        with hold_run(run_dir):
+            write_splits(recipe, folder)
+    check_splits(folder, recipe.dataset)
+    return {name: read_records(folder / f"{name}.jsonl") for name in ("train", "val", "test")}

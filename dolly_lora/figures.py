@@ -12,57 +12,62 @@ from .files import publish, write_text
 __all__ = ['escape_text', 'text_table', 'figure_text', 'show_fig', 'save_fig']
 
 # %% ../nbs/00d_figures.ipynb #esc00002
-_SPECIAL = str.maketrans({c: f"&#{ord(c)};" for c in "|*_`[]\\~$"} | {"\n": "<br>", "\r": ""})
+_SPECIAL = {char: f"&#{ord(char)};" for char in "|*_`[]\\~$"} | {"\n": "<br>", "\r": ""}
 
 def escape_text(
     text: str, # from a record, a model, a judge, a file
 ) -> str: # for HTML and for Markdown
-    "Text as it is, whatever it says."
-    return html.escape(str(text)).translate(_SPECIAL)
+    "Text that is shown as it is, whatever it says."
+    return html.escape(str(text)).translate(str.maketrans(_SPECIAL))
 
+# %% ../nbs/00d_figures.ipynb #g527955f
 def text_table(
     rows: list[dict], # column -> text; the same columns in each
 ): # a pandas Styler, which a notebook shows
     "Texts side by side, as they are."
     import pandas as pd
-    table = pd.DataFrame([{escape_text(k): v for k, v in r.items()} for r in rows]).style.format(escape_text)
+    table = pd.DataFrame([{escape_text(k): v for k, v in r.items()} for r in rows])
     left = dict(selector="th, td", props="text-align: left; vertical-align: top")
-    # MathJax reads a page after its entities are decoded
     plain = 'class="tex2jax_ignore mathjax_ignore"'
-    return table.hide(axis="index").set_table_styles([left]).set_table_attributes(plain)
+    style = table.style.format(escape_text).hide(axis="index")
+    return style.set_table_styles([left]).set_table_attributes(plain)
 
+# %% ../nbs/00d_figures.ipynb #gef51962
 def figure_text(
     text: str, # a category's or a model's name
-) -> str: # for matplotlib, which reads what stands between two dollars as a formula
-    "A name as a figure's label, without what no SVG may hold."
-    shown = re.sub("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", str(text))
-    return shown.replace("$", r"\$")
+) -> str: # for matplotlib
+    "A name as a figure's label."
+    allowed = "\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff"  # in XML
+    return re.sub(f"[^{allowed}]", "\ufffd", str(text)).replace("$", r"\$")
 
 # %% ../nbs/00d_figures.ipynb #9637a441
 def show_fig(
     fig,      # a matplotlib Figure; it is closed
     alt: str, # what it shows, for a reader who cannot see it
 ):
-    "Show a figure with its text alternative and close it; outside of a notebook it is only closed."
+    "Show a figure with its text alternative; outside of a notebook it is only closed."
     from IPython import get_ipython
     from IPython.display import display
     import matplotlib.pyplot as plt
-    if not get_ipython(): plt.close(fig); return
-    png = io.BytesIO(); fig.savefig(png, format="png", bbox_inches="tight"); plt.close(fig)
-    data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": alt}
-    display(data, raw=True, metadata={"image/png": dict(alt=alt)})
+    if get_ipython():
+        png = io.BytesIO()
+        fig.savefig(png, format="png", bbox_inches="tight")
+        data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": alt}
+        display(data, raw=True, metadata={"image/png": dict(alt=alt)})
+    plt.close(fig)
 
 # %% ../nbs/00d_figures.ipynb #9637a415
 def save_fig(
     fig,           # a matplotlib Figure; it is shown and closed
     run_dir: Path, # the figure goes to RUN_DIR/figures
     name: str,     # file name without suffix
-    alt: str,      # as in `show_fig`
+    alt: str,      # what it shows, as in `show_fig`
 ):
     "Show a figure and save it as PNG and SVG, with its text alternative beside it."
     folder = Path(run_dir) / "figures"
     for suffix in "png", "svg":
+        metadata = {"Date": None} if suffix == "svg" else None
         with publish(folder / f"{name}.{suffix}") as part:
-            fig.savefig(part, dpi=150, bbox_inches="tight", metadata={"Date": None} if suffix == "svg" else None)
+            fig.savefig(part, dpi=150, bbox_inches="tight", metadata=metadata)
     write_text(folder / f"{name}.txt", alt + "\n")
     show_fig(fig, alt)

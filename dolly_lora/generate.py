@@ -4,7 +4,7 @@
 
 # %% ../nbs/03a_generate.ipynb #03a002
 from __future__ import annotations
-import contextlib, functools, hashlib, json, time
+import contextlib, hashlib, json, time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
-from .config import DollyError, project_root, Recipe
+from .config import DollyError, Recipe
 from .data import build_conversation, build_prompt
 from .engine.blocks import fits_llama, is_llama
 from .engine.decoder import choose, decode_all, uniform_draws
 from .files import file_sha256, JsonlCache
-from .models import base_model, locate_base
+from .models import base_model, weights_fingerprint  # noqa: F401 (03_eval and 03b import it from here)
 from .runs import hold_run
 
 # %% auto #0
-__all__ = ['Answer', 'read_answer', 'ChooseToken', 'generate_plain', 'is_decodable', 'weights_fingerprint', 'answer_keys',
-           'kept_answer', 'encode_prompts', 'answer_prompts', 'progress_line', 'generate', 'prompt_builder',
-           'provenance', 'make_answerer']
+__all__ = ['Answer', 'read_answer', 'ChooseToken', 'generate_plain', 'is_decodable', 'answer_keys', 'kept_answer',
+           'encode_prompts', 'answer_prompts', 'progress_line', 'generate', 'prompt_builder', 'provenance',
+           'make_answerer']
 
 # %% ../nbs/03a_generate.ipynb #03a006
 @dataclass
@@ -90,25 +90,6 @@ def is_decodable(
     "Can `decode_all` answer for this model?"
     base = base_model(model)
     return is_llama(base) and (base is model or fits_llama(model))
-
-# %% ../nbs/03a_generate.ipynb #6a68fe56
-def weights_fingerprint(
-    recipe: Recipe, # its `base` and `revision`; `ModelError` for a base that cannot be had
-) -> str: # a folder's SHA-256, a hub model's commit, or the name of a packaged or made-up model
-    "What a base model's answers depend on, besides the recipe."
-    if recipe.base in ("tiny", "smollm2", "random-7b"): return recipe.base
-    folder = project_root() / recipe.base
-    if folder.is_dir():
-        kinds = (".safetensors", ".json", ".model", ".txt", ".jinja")
-        files = sorted(p for p in folder.iterdir() if p.suffix in kinds and p.is_file())
-        parts = [(p.name, _file_sha256(p, p.stat().st_size, p.stat().st_mtime_ns)) for p in files]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    if recipe.revision: return recipe.revision
-    from transformers import AutoConfig
-    return AutoConfig.from_pretrained(locate_base(recipe))._commit_hash or recipe.base
-
-@functools.cache
-def _file_sha256(path, size, changed): return file_sha256(path) # once for each state of a file
 
 # %% ../nbs/03a_generate.ipynb #i7296881
 def answer_keys(

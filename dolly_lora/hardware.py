@@ -8,43 +8,53 @@ import os, sys
 import torch
 
 # %% auto #0
-__all__ = ['compute_dtype', 'device', 'is_ampere', 'free_memory', 'peak_memory', 'device_name']
+__all__ = ['device', 'device_name', 'is_ampere', 'compute_dtype', 'free_memory', 'peak_memory']
 
-# %% ../nbs/00e_hardware.ipynb #15dae97b
-def compute_dtype() -> torch.dtype: # bfloat16, float16 or float32
-    "The precision of matrix products on this machine."
-    if not torch.cuda.is_available(): return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-
-def device() -> str: # "cuda:0" or "cpu"; under torchrun each process gets its own card
+# %% ../nbs/00e_hardware.ipynb #g95022ff
+def device() -> str: # "cuda:0" or "cpu"; under torchrun each process gets a card of its own
     "Where this process puts its model."
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+
+def device_name() -> str: # as people know it
+    "The card's name, or `CPU`."
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 # %% ../nbs/00e_hardware.ipynb #779204ac
 def is_ampere(
     device=None, # of a tensor or a model; default: the current card
 ) -> bool: # False on a CPU
     "Is this a card of compute capability 8.0 or more?"
-    if not torch.cuda.is_available(): return False
-    if device is not None and torch.device(device).type != "cuda": return False
+    if not torch.cuda.is_available():
+        return False
+    if device is not None and torch.device(device).type != "cuda":
+        return False
     return torch.cuda.get_device_capability(device)[0] >= 8
+
+def compute_dtype() -> torch.dtype: # bfloat16, float16 or float32
+    "The precision of matrix products on this machine."
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if is_ampere() else torch.float16
 
 # %% ../nbs/00e_hardware.ipynb #e66c885e
 def free_memory() -> int: # bytes; a very large number on a CPU
     "Memory that this process can still have on its card."
-    if not torch.cuda.is_available(): return 2**62
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if not torch.cuda.is_available():
+        return 2**62
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + unused
 
+# %% ../nbs/00e_hardware.ipynb #g21a2822
 def peak_memory() -> int: # bytes; of the card, or of the process where there is none
-    "The most memory that was in use since the process began or the statistics were reset."
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
-    try: import resource
+    "The most memory in use since the process began or the statistics were reset."
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
     except ImportError:  # Windows
         import psutil
         return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
-
-def device_name() -> str: # as people know it
-    "The card's name, or `CPU`."
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -4,116 +4,252 @@
 
 # %% ../nbs/00c_runs.ipynb #28cb3c02
 from __future__ import annotations
-import contextlib, dataclasses, importlib.resources, json, os, platform, re, socket
-import subprocess, time
+import contextlib, dataclasses, importlib.metadata, json, os, platform, re, socket
+import shutil, subprocess, sys, time
 from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
-from .config import is_project, ConfigError, project_root, Recipe, short_path
+from .config import ConfigError, is_project, project_root, Recipe, short_path
 from .files import read_json, write_json
 
 # %% auto #0
-__all__ = ['EVALUATION', 'hold_run', 'environment', 'start_run', 'load_run']
+__all__ = ['EVALUATION', 'lock_owner', 'describe_owner', 'sweep_parts', 'RunLock', 'hold_run', 'git_commit', 'environment',
+           'weights_within_reach', 'read_recipe', 'start_run', 'load_run', 'check_room']
 
 # %% ../nbs/00c_runs.ipynb #lock0002
-_held = {}  # folder -> how many times this process has entered
+def lock_owner(
+    path: Path, # of the file beside a lock
+) -> dict: # pid, host and since; empty when the file says nothing of the kind
+    "Who took a lock last."
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        return {key: owner[key] for key in ("pid", "host", "since")}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
-def _owner(folder): # for people
-    try: who = json.loads((folder / ".owner.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return "another process"
-    return f"process {who['pid']} on {who['host']} since {who['since']}"
+def describe_owner(
+    owner: dict, # from `lock_owner`
+) -> str: # for people
+    "A lock's owner in words."
+    if not owner:
+        return "another process"
+    return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
 
 # %% ../nbs/00c_runs.ipynb #lock0004
-def _sweep(folder): # away with what a killed process left half-written
+def sweep_parts(
+    folder: Path, # of a run
+):
+    "Delete the half-written files of processes that are no more."
     for part in folder.rglob("*.part*"):
         pid = re.search(r"\.(\d+)\.part(\.|$)", part.name)
-        if pid and not psutil.pid_exists(int(pid[1])): part.unlink(missing_ok=True)
+        if pid and not psutil.pid_exists(int(pid[1])):
+            part.unlink(missing_ok=True)
+
+# %% ../nbs/00c_runs.ipynb #g3ce3356
+class RunLock:
+    "The lock on a run's folder."
+    def __init__(self,
+        folder: Path, # resolved
+    ):
+        self.folder = folder
+        self.users = 0  # `with hold_run(folder)` blocks that this process is in
+        self.outer = os.environ.get("DOLLY_LORA_HOLDS")
+        self.worker = str(folder) in (self.outer or "").split(os.pathsep)
+        name = ".worker" if self.worker else ""
+        self.owner = folder / f"{name}.owner.json"
+        self.lock = FileLock(folder / f"{name}.lock")
+
+    def acquire(self):
+        "Take the lock, or refuse with the name of its owner (`ConfigError`)."
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.wait() if self.worker else self.lock.acquire(timeout=0)
+        except Timeout:
+            owner = describe_owner(lock_owner(self.owner))
+            raise ConfigError(f"{short_path(self.folder)} is in use by {owner}: wait for it, "
+                              f"end it, or give another run_dir") from None
+        except OSError as e:
+            raise ConfigError(f"{short_path(self.folder)} cannot be written to ({e.strerror}): "
+                              f"give another run_dir") from None
+        try:
+            self.announce()
+        except BaseException:  # a full disk, Ctrl-C: nobody would ever release it
+            self.release()
+            raise
+
+    def wait(self):
+        "Take the lock when the former worker has ended."
+        ancestors = {p.pid for p in psutil.Process().parents()}
+        said = False
+        while True:
+            with contextlib.suppress(Timeout):
+                self.lock.acquire(timeout=0.5)
+                return
+            owner = lock_owner(self.owner)
+            if owner.get("pid") in ancestors:
+                return
+            if not said:
+                print(f"waiting for {describe_owner(owner)}, which still writes to "
+                      f"{short_path(self.folder)}", file=sys.stderr, flush=True)
+                said = True
+
+    def announce(self):
+        "Write down who holds the folder; tell the processes that this one starts."
+        if not self.lock.is_locked:  # it is an ancestor's
+            return
+        now = time.strftime("%Y-%m-%d %H:%M")
+        write_json(self.owner, dict(pid=os.getpid(), host=socket.gethostname(), since=now))
+        if not self.worker:
+            held = [self.outer] if self.outer else []
+            os.environ["DOLLY_LORA_HOLDS"] = os.pathsep.join([*held, str(self.folder)])
+            sweep_parts(self.folder)
+
+    def release(self):
+        "Let others write."
+        if not self.worker and self.outer is None:
+            os.environ.pop("DOLLY_LORA_HOLDS", None)
+        elif not self.worker:
+            os.environ["DOLLY_LORA_HOLDS"] = self.outer
+        self.lock.release()
+
+# %% ../nbs/00c_runs.ipynb #gaa439dd
+_held = {}  # folder -> RunLock
 
 @contextlib.contextmanager
 def hold_run(
     run_dir: Path, # made if need be; `ConfigError` when another process writes to it
 ):
     "Keep a run's folder to this process while it writes; may be nested."
-    if int(os.environ.get("RANK", 0)): yield; return  # under torchrun the first process holds it for all
+    if int(os.environ.get("RANK", 0)):  # under torchrun the first process holds it for all
+        yield
+        return
     folder = Path(run_dir).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    worker = os.environ.get("DOLLY_LORA_HOLDS") == str(folder) and folder not in _held
-    lock = FileLock(folder / (".worker.lock" if worker else ".lock"))
-    if not _held.get(folder):
-        # the kernel of a run that was just killed ends within seconds
-        try: lock.acquire(timeout=20 if worker else 0)
-        except Timeout:
-            raise ConfigError(f"{short_path(folder)} is in use by {_owner(folder)}: wait for it, end it, "
-                              f"or give another run_dir") from None
-        if not worker:
-            owner = dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M"))
-            write_json(folder / ".owner.json", owner)
-            os.environ["DOLLY_LORA_HOLDS"] = str(folder)  # for the kernels this process starts
-            _sweep(folder)
-    _held[folder] = _held.get(folder, 0) + 1
-    try: yield
+    if folder not in _held:
+        lock = RunLock(folder)
+        lock.acquire()
+        _held[folder] = lock
+    lock = _held[folder]
+    lock.users += 1
+    try:
+        yield
     finally:
-        _held[folder] -= 1
-        if not _held[folder]:
+        lock.users -= 1
+        if not lock.users:
             del _held[folder]
-            if not worker: os.environ.pop("DOLLY_LORA_HOLDS", None)
             lock.release()
 
 # %% ../nbs/00c_runs.ipynb #4ab11ef6
-def environment() -> dict: # python, packages, gpu (name, memory in GiB; or None), cpu cores, the project's commit
+def git_commit() -> str | None: # followed by ` with changes` where files were edited; None: no git
+    "The commit of the project in the current folder."
+    if not is_project(project_root() / "settings.ini"):
+        return None  # an installed package; the repository one stands in is somebody else's
+    def git(*args):
+        done = subprocess.run(["git", *args], cwd=project_root(), capture_output=True, text=True)
+        return done.stdout.strip()
+    try:
+        commit = git("rev-parse", "-q", "--verify", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except OSError:  # no git on this machine
+        return None
+    return f"{commit} with changes" if commit and changed else commit or None
+
+def environment() -> dict: # python, packages, cpu_cores, commit, gpu (name, memory_gib; or None)
     "The versions, hardware and commit that a run is made with."
     import torch
-    names = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets")
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    ask_git = lambda *args: subprocess.run(["git", *args], cwd=project_root(), capture_output=True,
-                                           text=True).stdout.strip()
-    commit = ""
-    with contextlib.suppress(OSError):  # no git on this machine
-        if is_project(project_root() / "settings.ini"): commit = ask_git("rev-parse", "-q", "--verify", "HEAD")
-        if commit and ask_git("status", "--porcelain", "--untracked-files=no"): commit += " with changes"
-    versions = {n: importlib.metadata.version(n) for n in names}
-    card = gpu and dict(name=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1))
-    return dict(python=platform.python_version(), packages=versions, cpu_cores=os.cpu_count(),
-                commit=commit or os.environ.get("DOLLY_LORA_COMMIT"), gpu=card)
+    packages = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets")
+    gpu = None
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        gpu = dict(name=card.name, memory_gib=round(card.total_memory / 2**30, 1))
+    return dict(python=platform.python_version(),
+                packages={name: importlib.metadata.version(name) for name in packages},
+                cpu_cores=os.cpu_count(),
+                commit=git_commit() or os.environ.get("DOLLY_LORA_COMMIT"),
+                gpu=gpu)
 
 # %% ../nbs/00c_runs.ipynb #c29f97df
 # fields that what is learnt does not depend on
 EVALUATION = {"test_answers", "alpaca", "mtbench", "judge", "max_new_tokens", "benchmark_tokens",
               "generation_batch_size", "memory"}
 
-def start_run(
-    recipe: Recipe, # what to run
-    run_dir: Path,  # its folder
-):
-    "Write `recipe.json`, or check that the folder already belongs to this recipe; `ConfigError` names what differs."
-    path, now = Path(run_dir) / "recipe.json", dataclasses.asdict(recipe)
-    if not path.exists(): write_json(path, {"recipe": now, **environment()}); return
-    run = _read_recipe(path)
-    there = run["recipe"]
-    if lost := now.keys() ^ there.keys():
-        raise ConfigError(f"{short_path(path)} was written by another version of dolly_lora (which differs in "
-                          f"{', '.join(sorted(lost))}): choose another run_dir or delete that folder")
-    diff = [f"{k}: {there[k]} there, {v} now" for k, v in now.items() if there[k] != v and k not in EVALUATION]
-    if diff:
-        raise ConfigError(f"{short_path(path)} is another recipe's ({'; '.join(diff)}): "
-                          f"choose another run_dir or delete that folder")
-    if there != now: write_json(path, run | {"recipe": now})
+def weights_within_reach(
+    recipe: Recipe, # its `base` and `revision`
+) -> str | None: # None: the base cannot be had now
+    "The fingerprint of the base model's weights."
+    from dolly_lora.models import ModelError, weights_fingerprint  # they import torch
+    try:
+        return weights_fingerprint(recipe)
+    except ModelError:
+        return None
 
-def _read_recipe(path): # the whole file; `ConfigError` when a run did not write it
+def read_recipe(
+    path: Path, # of a recipe.json; `ConfigError` when it is another kind of file
+) -> dict: # recipe, weights, and what `environment` gives
+    "The whole of a run's recipe.json."
     run = read_json(path)
-    if not isinstance(run, dict) or not isinstance(run.get("recipe"), dict) or "base" not in run["recipe"]:
+    if not isinstance(run, dict) or not isinstance(run.get("recipe"), dict) \
+            or "base" not in run["recipe"]:
         raise ConfigError(f"{short_path(path)} is not a run's recipe: choose another run_dir")
     return run
 
+# %% ../nbs/00c_runs.ipynb #g4305fbc
+def start_run(
+    recipe: Recipe, # what to run
+    run_dir: Path,  # its folder; `ConfigError` when it belongs to another recipe or base model
+):
+    "Write `recipe.json`, or check that the folder already belongs to this recipe."
+    path, now = Path(run_dir) / "recipe.json", dataclasses.asdict(recipe)
+    weights = weights_within_reach(recipe)
+    if not path.exists():
+        with hold_run(run_dir):
+            if not path.exists():  # another process may have been faster
+                write_json(path, dict(recipe=now, weights=weights, **environment()))
+                return
+    run = read_recipe(path)
+    there, remedy = run["recipe"], "choose another run_dir or delete that folder"
+    if lost := now.keys() ^ there.keys():
+        raise ConfigError(f"{short_path(path)} was written by another version of dolly_lora "
+                          f"(which differs in {', '.join(sorted(lost))}): {remedy}")
+    differs = [f"{k}: {there[k]} there, {v} now"
+               for k, v in now.items() if there[k] != v and k not in EVALUATION]
+    if differs:
+        raise ConfigError(f"{short_path(path)} is another recipe's ({'; '.join(differs)}): "
+                          f"{remedy}")
+    if weights and run.get("weights") not in (None, weights):
+        raise ConfigError(f"{recipe.base} has other weights than {short_path(run_dir)} was made "
+                          f"from: {remedy}")
+    if there != now:
+        with hold_run(run_dir):
+            write_json(path, run | dict(recipe=now))
+
 # %% ../nbs/00c_runs.ipynb #c29f9711
 def load_run(
-    run_dir: Path, # a folder with a recipe.json
-) -> Recipe: # the recipe of that run
+    run_dir: Path, # a folder with a recipe.json; `ConfigError` for a value of the wrong type
+) -> Recipe:
     "The recipe that a run folder belongs to."
-    # an older version's run may have fields that are no more
-    path, known = Path(run_dir) / "recipe.json", {f.name: type(f.default) for f in dataclasses.fields(Recipe)}
-    fields = {k: v for k, v in _read_recipe(path)["recipe"].items() if k in known}
-    for k, v in fields.items():
-        if not isinstance(v, (known[k], int) if known[k] is float else known[k]):
-            raise ConfigError(f"{short_path(path)}: {k} is {v!r}, expected {known[k].__name__}")
+    path = Path(run_dir) / "recipe.json"
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(Recipe)}
+    there = read_recipe(path)["recipe"]
+    fields = {name: there[name] for name in kinds if name in there}
+    for name, value in fields.items():
+        kind = kinds[name]
+        if not isinstance(value, (float, int) if kind is float else kind):
+            raise ConfigError(f"{short_path(path)}: {name} is {value!r}, expected {kind.__name__}")
     return Recipe(**fields)
+
+# %% ../nbs/00c_runs.ipynb #room0002
+def check_room(
+    folder: Path, # where files will go; it need not exist yet
+    gib: float,   # what they may want
+):
+    "Raise `ConfigError` where a folder cannot be written to, or its disk is too full."
+    folder = Path(folder)
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "read-only" if there.is_dir() else "a file"
+        raise ConfigError(f"cannot write to {short_path(folder)}: {short_path(there)} is {what}; "
+                          f"give another --run-dir")
+    free = shutil.disk_usage(there).free / 2**30
+    if free < gib:
+        raise ConfigError(f"{free:.1f} GiB are free for {short_path(folder)}, a run wants {gib:g}: "
+                          f"make room or give another --run-dir")

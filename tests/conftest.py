@@ -12,10 +12,14 @@ SHARED = Path(os.environ.get("DOLLY_LORA_SHARED", ROOT.parent / "shared")) / "da
 
 
 def cli(*args, cwd=ROOT, env=None, **kwargs):
-    """`dolly-lora ARGS` as a process of its own, as a user calls it; `env` is added to the environment."""
+    """`dolly-lora ARGS` as a process of its own, as a user calls it.
+
+    `env` is added to the environment; `kwargs` go to `subprocess.run`.
+    """
     clean = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
-    return subprocess.run([sys.executable, "-c", "import sys; from dolly_lora.cli import main; sys.exit(main())", *map(str, args)],
-                          cwd=cwd, env=clean | (env or {}), capture_output=True, text=True, **kwargs)
+    code = "import sys; from dolly_lora.cli import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=cwd,
+                          env=clean | (env or {}), capture_output=True, text=True, **kwargs)
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +41,11 @@ def judge_env(shared, tmp_path_factory):
     """The environment of a process that finds the published judges' prompts without a network."""
     from dolly_lora.mtbench import PINNED
     place = tmp_path_factory.mktemp("prompts")
-    prompt = place / "site/alpaca_eval/evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
+    package = place / "site/alpaca_eval"
+    config = package / "evaluators_configs/alpaca_eval_clf_gpt4_turbo"
+    prompt = config / "alpaca_eval_clf.txt"
     prompt.parent.mkdir(parents=True)
-    (place / "site/alpaca_eval/__init__.py").write_text("")
+    (package / "__init__.py").write_text("")
     shutil.copy(shared / "eval/alpaca_eval/alpaca_eval_clf.txt", prompt)
     url, sha = PINNED["prompts"]
     cached = place / "cache/dolly_lora" / f"{sha[:16]}-{url.rsplit('/', 1)[1]}"

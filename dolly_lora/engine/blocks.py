@@ -5,199 +5,298 @@
 # %% ../../nbs/02c_blocks.ipynb #28cb3c04
 from __future__ import annotations
 import contextlib
-from collections import namedtuple
 from dataclasses import dataclass
+from typing import Callable, NamedTuple
 import torch
-from fastcore.basics import patch
+import torch.nn.functional as F
 from .kernels import Dropout
-from .packing import attend, has_varlen, PackedBatch
+from .packing import has_varlen, PackedBatch
+from ..models import head_dim
 
 # %% auto #0
-__all__ = ['BlockActivations', 'LoRAGroup', 'group_forward', 'group_backward', 'Block', 'block_forward', 'block_backward',
-           'is_llama', 'fits_llama', 'llama_blocks', 'angles_at', 'hold_weights']
+__all__ = ['FlatParameters', 'Workspace', 'LoRAGroup', 'LoRAActivations', 'group_forward', 'group_backward', 'Block',
+           'BlockActivations', 'block_activations', 'block_forward', 'deterministic', 'block_backward', 'input_groups',
+           'is_llama', 'fits_llama', 'llama_blocks', 'hold_weights', 'angles_at', 'hidden_states', 'output_logits']
+
+# %% ../../nbs/02c_blocks.ipynb #02c006
+class FlatParameters:
+    "Trainable parameters and their gradients as views of one tensor each."
+    def __init__(self,
+        params, # `torch.nn.Parameter`s of one dtype and device, in the order in which they shall lie
+    ):
+        self.params = list(params)
+        sizes = [p.numel() for p in self.params]
+        self.whole = torch.nn.Parameter(torch.cat([p.data.flatten() for p in self.params]))
+        self.grad = torch.zeros_like(self.whole.data)
+        self.grads = [g.view_as(p) for g, p in zip(self.grad.split(sizes), self.params)]
+        for p, piece in zip(self.params, self.whole.data.split(sizes)): p.data = piece.view_as(p)
+
+    def start(self):
+        "Call before a step: sets the gradients to zero, where they lie."
+        self.grad.zero_()
+        for p, g in zip(self.params, self.grads): p.grad = g
+        self.whole.grad = self.grad
 
 # %% ../../nbs/02c_blocks.ipynb #02c010
+@dataclass
+class Workspace:
+    "Where the groups of all blocks that have the same shape dequantise their weights."
+    data: torch.Tensor | None = None  # [outputs of all, inputs]; None where the weights are held
+    owner: LoRAGroup | None = None    # whose weights lie there
+
 class LoRAGroup:
     "LoRA linears that share their input, as one: PEFT's layers, PEFT's parameters."
     def __init__(self,
         layers,     # linears without bias: PEFT LoRA layers with one adapter, or plain ones
-        place: int, # number of the first among the model's linears: names its dropout masks
-        workspace: dict, # data and owner: where NF4 weights are dequantised to, shared by all blocks
-        ops,             # the operations, from `operations`
+        linear_index: int,    # number of the first among the model's linears: names its dropout masks
+        workspace: Workspace, # shared with the same group of the other blocks
+        ops,        # PLAIN or TRITON, from `operations`
     ):
-        self.layers, self.place, self.workspace, self.ops, self.kept = layers, place, workspace, ops, None
+        self.layers, self.linear_index, self.workspace, self.ops = layers, linear_index, workspace, ops
         self.base = [getattr(l, "base_layer", l) for l in layers]
-        self.sizes, self.A, self.B = [b.out_features for b in self.base], [], []
+        self.sizes = [b.out_features for b in self.base]
         self.shape = sum(self.sizes), self.base[0].in_features  # outputs of all, inputs
+        self.quantised = hasattr(self.base[0].weight, "quant_state")
+        self.held = None  # the whole weight, once it is held
+        self.A, self.B = [], []
         if hasattr(layers[0], "lora_A") and not layers[0].disable_adapters:
             name = layers[0].active_adapters[0]
             self.A = [l.lora_A[name].weight for l in layers]
             self.B = [l.lora_B[name].weight for l in layers]
-            self.scale, self.p = layers[0].scaling[name], getattr(layers[0].lora_dropout[name], "p", 0.0)
-        self.quantised = hasattr(self.base[0].weight, "quant_state")
+            self.scale = layers[0].scaling[name]
+            self.dropout = getattr(layers[0].lora_dropout[name], "p", 0.0)
 
-# %% ../../nbs/02c_blocks.ipynb #i1186504
-@patch
-def _dequantise(self: LoRAGroup, out):
-    from bitsandbytes.functional import dequantize_4bit
-    for part, b in zip(out.split(self.sizes), self.base):
-        dequantize_4bit(b.weight.data, b.weight.quant_state, out=part)
-    return out
+    def _dequantise(self, out):
+        from bitsandbytes.functional import dequantize_4bit
+        for part, b in zip(out.split(self.sizes), self.base):
+            dequantize_4bit(b.weight.data, b.weight.quant_state, out=part)
+        return out
 
-@patch
-def keep(self: LoRAGroup, dtype):
-    "Hold the whole weight from now on."
-    if self.quantised:
-        self.kept = self._dequantise(torch.empty(self.shape, dtype=dtype,
-                                                 device=self.base[0].weight.device))
-        return
-    self.kept = (torch.cat([b.weight.data for b in self.base]) if len(self.base) > 1
-                 else self.base[0].weight.data)
-    for b, w in zip(self.base, self.kept.split(self.sizes)): b.weight.data = w
+    def hold_weight(self,
+        dtype: torch.dtype, # to dequantise to; other weights keep theirs
+    ):
+        "Hold the whole weight from now on."
+        if self.quantised:
+            device = self.base[0].weight.device
+            self.held = self._dequantise(torch.empty(self.shape, dtype=dtype, device=device))
+            return
+        one = self.base[0].weight.data
+        self.held = one if len(self.base) == 1 else torch.cat([b.weight.data for b in self.base])
+        for b, w in zip(self.base, self.held.split(self.sizes)): b.weight.data = w
 
-@patch
-def weight(self: LoRAGroup) -> torch.Tensor: # [outputs of all, inputs]
-    if self.kept is not None: return self.kept
-    if self.workspace["owner"] is not self:
-        self._dequantise(self.workspace["data"])
-        self.workspace["owner"] = self
-    return self.workspace["data"]
+    def weight(self) -> torch.Tensor: # [outputs of all, inputs]
+        "The base's weight: the one held, or dequantised now, unless it lies in the workspace already."
+        if self.held is not None: return self.held
+        if self.workspace.owner is not self:
+            self._dequantise(self.workspace.data)
+            self.workspace.owner = self
+        return self.workspace.data
 
-# %% ../../nbs/02c_blocks.ipynb #i0373605
-@patch
-def bind(self: LoRAGroup, start: int, low: torch.Tensor, grad: torch.Tensor) -> int: # the end of its part
-    "Take the adapters' part of the flat tensors, from `start` on."
-    r, k = self.A[0].shape
-    middle, end = start + len(self.A) * r * k, start + len(self.A) * r * k + sum(self.sizes) * r
-    self.a, self.da = (t[start:middle].view(-1, k) for t in (low, grad))     # [linears × r, inputs]
-    self.b, self.db = (t[middle:end].view(-1, r).t() for t in (low, grad))   # [r, outputs of all]
-    return end
+    def bind(self,
+        start: int,         # where this group's adapters begin
+        low: torch.Tensor,  # all adapters in the computing precision, flat
+        grad: torch.Tensor, # their gradients, float32, flat
+    ) -> int: # where the next group's begin
+        "Take the views of this group's adapters and of their gradients."
+        r, k = self.A[0].shape
+        middle = start + len(self.A) * r * k
+        end = middle + sum(self.sizes) * r
+        self.a, self.da = (t[start:middle].view(-1, k) for t in (low, grad))   # [linears × r, inputs]
+        self.b, self.db = (t[middle:end].view(-1, r).t() for t in (low, grad)) # [r, outputs of all]
+        return end
 
 # %% ../../nbs/02c_blocks.ipynb #02c012
+class LoRAActivations(NamedTuple):
+    "What a group's backward pass needs."
+    h: torch.Tensor      # the input at the rank [tokens, linears × r]
+    drop: Dropout | None # the masks of the forward pass
+
 def group_forward(
     group: LoRAGroup,
     x: torch.Tensor, # [tokens, inputs]
-    row: PackedBatch | None = None,               # whose tokens `x` is: dropout asks for their numbers
+    batch: PackedBatch | None = None,     # whose tokens `x` belongs to; only dropout needs it
     seed: torch.Tensor | None = None,     # int64, of the dropout; None: no dropout
     residual: torch.Tensor | None = None, # [tokens, outputs of all], added to the result
-): # (y [tokens, outputs of all], what the way back needs)
+) -> tuple[torch.Tensor, LoRAActivations | None]: # (y [tokens, outputs of all], for the backward pass)
     "All linears of a group, adapters included."
     weight = group.weight()
     y = x @ weight.t() if residual is None else torch.addmm(residual, x, weight.t())
     if not group.A: return y, None
     drop = None
-    if seed is not None and group.p: drop = Dropout(seed, group.place, len(group.layers), group.p, row)
+    if seed is not None and group.dropout:
+        drop = Dropout(seed, group.linear_index, len(group.layers), group.dropout, batch)
     h = group.ops.lora_down(x, group.a, group.scale, drop)
     group.ops.lora_up_(y, h, group.b, sizes=group.sizes)
-    return y, (h, drop)
+    return y, LoRAActivations(h, drop)
 
 # %% ../../nbs/02c_blocks.ipynb #02c01213
 def group_backward(
     group: LoRAGroup,
-    g: torch.Tensor,   # gradient of y
-    x: torch.Tensor,   # the input of the forward pass
-    saved,             # the forward pass's second result
-    need: bool = True, # is the gradient of x wanted?
-): # the gradient of x, or None
-    "Add the adapters' gradients to the flat gradient."
-    h, drop = saved
-    back = group.ops.lora_down(g, group.b, group.scale, sizes=group.sizes)
-    group.ops.lora_grad_(group.db, h, g, sizes=group.sizes)
-    group.ops.lora_grad_(group.da, back, x, drop)
-    if not need: return None
-    gx = g @ group.weight()
-    group.ops.lora_up_(gx, back, group.a, drop)
-    return gx
+    grad: torch.Tensor, # gradient of y [tokens, outputs of all]
+    x: torch.Tensor,    # the input of the forward pass
+    saved: LoRAActivations, # the forward pass's second result
+    needs_input_grad: bool = True, # is the gradient of x wanted?
+) -> torch.Tensor | None: # the gradient of x [tokens, inputs]
+    "Add the adapters' gradients to the flat gradient, and hand the input's on."
+    ops = group.ops
+    back = ops.lora_down(grad, group.b, group.scale, sizes=group.sizes)
+    ops.lora_grad_(group.db, saved.h, grad, sizes=group.sizes)
+    ops.lora_grad_(group.da, back, x, saved.drop)
+    if not needs_input_grad: return None
+    grad_x = grad @ group.weight()
+    ops.lora_up_(grad_x, back, group.a, saved.drop)
+    return grad_x
 
 # %% ../../nbs/02c_blocks.ipynb #02c017
 @dataclass
 class Block:
     "One Llama block: its norms, its four groups of linears, the shape of its heads."
-    norm1: torch.Tensor; norm2: torch.Tensor; qkv: LoRAGroup; o: LoRAGroup; gu: LoRAGroup; down: LoRAGroup
-    heads: int; key_heads: int; size: int; eps: float
+    index: int            # number of the block in the model
+    norm1: torch.Tensor   # weight of the norm before attention [features]
+    norm2: torch.Tensor   # weight of the norm before the MLP [features]
+    qkv: LoRAGroup        # queries, keys and values
+    o: LoRAGroup          # attention's output
+    gate_up: LoRAGroup    # the MLP's gate and up
+    down: LoRAGroup       # the MLP's output
+    heads: int            # of the queries
+    key_heads: int        # of keys and values
+    head_dim: int         # numbers in a query or key
+    eps: float            # of the norms
 
-# what a block needs for its way back
-BlockActivations = namedtuple("BlockActivations", "x n1 r1 h1 q k v a seen h2 y n2 r2 h3 gu act")
+class BlockActivations(NamedTuple):
+    "What a block's backward pass needs, besides what its down projection saves."
+    x: torch.Tensor         # the block's input [tokens, features]
+    normed1: torch.Tensor   # after the first norm [tokens, features]
+    scale1: torch.Tensor    # of the first norm [tokens, 1]
+    qkv: LoRAActivations
+    q: torch.Tensor         # rotated queries [tokens, heads, head_dim]
+    k: torch.Tensor         # rotated keys [tokens, key heads, head_dim]
+    v: torch.Tensor         # values, like k
+    attended: torch.Tensor  # attention's result [tokens, heads, head_dim], with autograd's way back to q, k, v
+    joined: torch.Tensor    # the same without it [tokens, heads × head_dim]
+    o: LoRAActivations
+    y: torch.Tensor         # the residual stream after attention [tokens, features]
+    normed2: torch.Tensor   # after the second norm [tokens, features]
+    scale2: torch.Tensor    # of the second norm [tokens, 1]
+    gate_up_lora: LoRAActivations
+    gate_up: torch.Tensor   # [tokens, 2 × MLP features]
+    act: torch.Tensor       # SwiGLU's result [tokens, MLP features]
 
 # %% ../../nbs/02c_blocks.ipynb #i0206361
+def block_activations(
+    block: Block,
+    x: torch.Tensor, # the residual stream [tokens, features]
+    angles: tuple[torch.Tensor, torch.Tensor], # from `angles_at`
+    attention: Callable, # (block's index, q, k, v) -> [tokens, heads, head_dim]
+    batch: PackedBatch | None = None, # whose tokens `x` belongs to; only dropout needs it
+    seed: torch.Tensor | None = None, # of the dropout; None: no dropout
+    save: bool = False,  # will there be a backward pass?
+) -> tuple[torch.Tensor, torch.Tensor, BlockActivations | None]: # (y, act, all activations if `save`)
+    "A block up to the two tensors that its last product, the down projection, reads."
+    ops, size = block.qkv.ops, block.head_dim
+    normed1, scale1 = ops.rms_norm(x, block.norm1, block.eps)
+    qkv, qkv_lora = group_forward(block.qkv, normed1, batch, seed)
+    ops.rotate_(qkv, *angles, block.heads + block.key_heads)
+    parts = qkv.split([block.heads * size, block.key_heads * size, block.key_heads * size], 1)
+    q, k, v = (t.unflatten(1, (-1, size)).detach().requires_grad_(save) for t in parts)
+    with torch.set_grad_enabled(save): attended = attention(block.index, q, k, v)
+    joined = attended.detach().flatten(1)
+    y, o_lora = group_forward(block.o, joined, batch, seed, residual=x)
+    if not save: del normed1, qkv, parts, q, k, v, attended, joined  # room for the MLP
+
+    normed2, scale2 = ops.rms_norm(y, block.norm2, block.eps)
+    gate_up, gate_up_lora = group_forward(block.gate_up, normed2, batch, seed)
+    act = ops.swiglu(gate_up)
+    if not save: return y, act, None
+    return y, act, BlockActivations(x, normed1, scale1, qkv_lora, q, k, v, attended, joined, o_lora,
+                                    y, normed2, scale2, gate_up_lora, gate_up, act)
+
 def block_forward(
     block: Block,
-    x: torch.Tensor, # [tokens, features]: the residual stream
-    row: PackedBatch,        # for the bounds
-    angles,          # (cos, sin), float32 [tokens, size / 2]
-    seed,            # of the dropout; None: no dropout
-    keep: bool,      # will there be a way back?
-) -> BlockActivations: # `y` and `act` are what the down projection needs to finish the block
-    "A block up to the input of its down projection."
-    ops, parts = block.qkv.ops, [n * block.size for n in (block.heads, block.key_heads, block.key_heads)]
-    n1, r1 = ops.rms_norm(x, block.norm1, block.eps)
-    qkv, h1 = group_forward(block.qkv, n1, row, seed)
-    ops.rotate_(qkv, *angles, block.heads + block.key_heads)
-    q, k, v = (t.unflatten(1, (-1, block.size)).detach().requires_grad_(keep) for t in qkv.split(parts, 1))
-    with torch.set_grad_enabled(keep): a = attend(q, k, v, row)
-    seen = a.detach().flatten(1)
-    y, h2 = group_forward(block.o, seen, row, seed, residual=x)
-    n2, r2 = ops.rms_norm(y, block.norm2, block.eps)
-    gu, h3 = group_forward(block.gu, n2, row, seed)
-    return BlockActivations(x, n1, r1, h1, q, k, v, a, seen, h2, y, n2, r2, h3, gu, ops.swiglu(gu))
+    x: torch.Tensor, # the residual stream [tokens, features]
+    angles: tuple[torch.Tensor, torch.Tensor], # from `angles_at`
+    attention: Callable, # as in `block_activations`
+    batch: PackedBatch | None = None, # as in `block_activations`
+    seed: torch.Tensor | None = None, # of the dropout; None: no dropout
+    save: bool = False,  # return all activations?
+) -> tuple[torch.Tensor, BlockActivations | None, LoRAActivations | None]: # (out, activations if `save`, down's)
+    "A whole block."
+    y, act, saved = block_activations(block, x, angles, attention, batch, seed, save)
+    out, down_lora = group_forward(block.down, act, batch, seed, residual=y)
+    if not save and down_lora and down_lora.drop: down_lora.drop.masks.clear()  # can be drawn again
+    return out, saved, down_lora
 
 # %% ../../nbs/02c_blocks.ipynb #02c018
 @contextlib.contextmanager
-def _deterministic():
-    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+def deterministic():
+    "PyTorch chooses deterministic kernels inside, and what it chose before afterwards."
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True); torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill every new tensor
     try: yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 # %% ../../nbs/02c_blocks.ipynb #02c01810
 def block_backward(
     block: Block,
-    saved: BlockActivations,    # from `block_forward`
-    last,            # what the down projection's forward pass saved
-    g: torch.Tensor, # gradient of the block's output [tokens, features]
-    angles,          # as in the forward pass
-    need: bool,      # is the gradient of the block's input wanted?
-): # that gradient, or None
-    "The way back through a block."
+    saved: BlockActivations,    # from `block_activations` or `block_forward`
+    down_lora: LoRAActivations, # the last result of `block_forward`
+    grad: torch.Tensor, # gradient of the block's output [tokens, features]
+    angles: tuple[torch.Tensor, torch.Tensor], # as in the forward pass
+    needs_input_grad: bool, # is the gradient of the block's input wanted?
+) -> torch.Tensor | None: # that gradient
+    "Add the gradients of a block's adapters to the flat gradient, and hand the input's on."
     ops, s = block.qkv.ops, saved
-    ggu = ops.swiglu_backward(group_backward(block.down, g, s.act, last), s.gu)
-    g = ops.rms_norm_backward(group_backward(block.gu, ggu, s.n2, s.h3), s.y, block.norm2, s.r2, g)
-    ga = group_backward(block.o, g, s.seen, s.h2).view_as(s.a)
-    with _deterministic() if has_varlen(g.device, g.dtype, block.size) else contextlib.nullcontext():
-        qkv = torch.autograd.grad(s.a, (s.q, s.k, s.v), ga)
-    g1 = group_backward(block.qkv, ops.rotate_backward(*qkv, *angles), s.n1, s.h1, need)
-    return ops.rms_norm_backward(g1, s.x, block.norm1, s.r1, g) if need else None
+    # the MLP, and the residual connection around it
+    branch = group_backward(block.down, grad, s.act, down_lora)
+    branch = ops.swiglu_backward(branch, s.gate_up)
+    branch = group_backward(block.gate_up, branch, s.normed2, s.gate_up_lora)
+    grad = ops.rms_norm_backward(branch, s.y, block.norm2, s.scale2, grad)
+    # attention, and the residual connection around it
+    branch = group_backward(block.o, grad, s.joined, s.o).view_as(s.attended)
+    fast = has_varlen(grad.device, grad.dtype, block.head_dim)
+    with deterministic() if fast else contextlib.nullcontext():
+        grad_qkv = torch.autograd.grad(s.attended, (s.q, s.k, s.v), branch)
+    branch = ops.rotate_backward(*grad_qkv, *angles)
+    branch = group_backward(block.qkv, branch, s.normed1, s.qkv, needs_input_grad)
+    if not needs_input_grad: return None
+    return ops.rms_norm_backward(branch, s.x, block.norm1, s.scale1, grad)
 
 # %% ../../nbs/02c_blocks.ipynb #i8181031
-def _seven(layer): # the linears of a block, those that share their input together
-    a, m = layer.self_attn, layer.mlp
-    return [a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]
+def input_groups(
+    layer, # a decoder layer of a transformers Llama
+) -> tuple[list, list, list, list]: # q, k, v; o; gate, up; down
+    "The seven linears of a block, those together that share their input."
+    attention, mlp = layer.self_attn, layer.mlp
+    return ([attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj],
+            [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
 
 def is_llama(
     base, # a transformers model
 ) -> bool:
-    "A Llama as the blocks here compute it: no biases, angles independent of the row, sizes in sixteens."
-    c = base.config
-    biased = getattr(c, "attention_bias", False) or getattr(c, "mlp_bias", False)
-    if c.model_type != "llama" or biased or c.hidden_act != "silu": return False
-    if (getattr(c, "rope_parameters", None) or {}).get("rope_type", "default") in ("dynamic", "longrope"):
-        return False
-    return all(l.out_features % 16 == 0 for layer in base.model.layers for group in _seven(layer)
-               for l in group)
+    "Is it a Llama as the blocks here compute it? No biases, fixed angles, sizes in sixteens."
+    config = base.config
+    biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+    if config.model_type != "llama" or biased or config.hidden_act != "silu": return False
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"): return False  # their angles depend on the length of the text
+    linears = [l for layer in base.model.layers for group in input_groups(layer) for l in group]
+    return all(l.out_features % 16 == 0 for l in linears)
 
 def fits_llama(
     model, # PeftModel
 ) -> bool:
-    "Can `FusedLlama` compute it? A Llama, one plain LoRA adapter on the seven linears of each block alone."
+    "Can `FusedLlama` train it? A Llama with one plain LoRA adapter, on exactly the seven linears of each block."
     base, names = model.get_base_model(), model.active_adapters
     if not is_llama(base) or len(names) != 1: return False
     if sum(hasattr(m, "lora_A") for m in base.modules()) != 7 * len(base.model.layers): return False
-    return all(_plain_lora(group, names[0]) for layer in base.model.layers for group in _seven(layer))
+    groups = [group for layer in base.model.layers for group in input_groups(layer)]
+    return all(_plain_lora(group, names[0]) for group in groups)
 
-# %% ../../nbs/02c_blocks.ipynb #i8181013
 def _plain_lora(group, name): # one rank and scale, no bias, no DoRA, not merged
     if not all(hasattr(l, "lora_A") and name in l.lora_A for l in group): return False
     odd = any(l.merged or name in getattr(l, "lora_magnitude_vector", ()) or l.lora_B[name].bias is not None
@@ -210,33 +309,68 @@ def llama_blocks(
     ops,  # PLAIN or TRITON
 ) -> tuple[list[Block], list[LoRAGroup]]: # the blocks, and all their groups
     "A model's layers as blocks; its parameters stay where they are."
-    c, spaces, blocks = base.config, [dict(data=None, owner=None) for _ in range(4)], []
-    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    for i, l in enumerate(base.model.layers):
-        groups = [LoRAGroup(s, 7 * i + n, space, ops)
-                  for s, n, space in zip(_seven(l), (0, 3, 4, 6), spaces)]
-        blocks.append(Block(l.input_layernorm.weight, l.post_attention_layernorm.weight, *groups,
-                            c.num_attention_heads, c.num_key_value_heads, size, c.rms_norm_eps))
-    return blocks, [g for b in blocks for g in (b.qkv, b.o, b.gu, b.down)]
-
-def angles_at(
-    base,                    # as in `llama_blocks`
-    positions: torch.Tensor, # int64 [tokens]
-) -> tuple[torch.Tensor, torch.Tensor]: # cos and sin, float32 [tokens, size / 2]
-    "The rotation of every position."
-    cos, sin = base.model.rotary_emb(torch.empty(0, device=positions.device), positions[None])
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+    config, blocks = base.config, []
+    spaces = [Workspace() for _ in range(4)]
+    for i, layer in enumerate(base.model.layers):
+        groups = [LoRAGroup(linears, 7 * i + first, space, ops)
+                  for linears, first, space in zip(input_groups(layer), (0, 3, 4, 6), spaces)]
+        blocks.append(Block(i, layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *groups,
+                            config.num_attention_heads, config.num_key_value_heads, head_dim(config),
+                            config.rms_norm_eps))
+    return blocks, [g for b in blocks for g in (b.qkv, b.o, b.gate_up, b.down)]
 
 # %% ../../nbs/02c_blocks.ipynb #i7153817
 def hold_weights(
     groups: list[LoRAGroup], # from `llama_blocks`
-    keep: bool,              # dequantise NF4 weights now and keep them, rather than each time they are needed
+    keep_weights: bool,      # dequantise NF4 weights now and hold them, rather than at every use
     dtype: torch.dtype,      # of the computation
 ):
-    "Give every group its weight, or a place to dequantise it to."
+    "Give every group its weight, or a workspace to dequantise it to."
     with torch.inference_mode(False), torch.no_grad():  # a model that has answered can be trained
         for g in groups:
-            if keep or not g.quantised: g.keep(dtype)
-            elif g.workspace["data"] is None:
-                g.workspace["data"] = torch.empty(g.shape, dtype=dtype, device=g.base[0].weight.device)
+            if keep_weights or not g.quantised: g.hold_weight(dtype)
+            elif g.workspace.data is None:
+                device = g.base[0].weight.device
+                g.workspace.data = torch.empty(g.shape, dtype=dtype, device=device)
+
+def angles_at(
+    base, # as in `llama_blocks`
+    position_ids: torch.Tensor, # int64 [tokens]
+) -> tuple[torch.Tensor, torch.Tensor]: # cos and sin, float32 [tokens, head_dim / 2]
+    "The rotation of every position."
+    like = torch.empty(0, device=position_ids.device)  # says device and dtype
+    cos, sin = base.model.rotary_emb(like, position_ids[None])
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+# %% ../../nbs/02c_blocks.ipynb #i02c0165
+def hidden_states(
+    base,                    # as in `llama_blocks`
+    blocks: list[Block],     # from `llama_blocks`
+    input_ids: torch.Tensor, # int64 [tokens]
+    angles: tuple[torch.Tensor, torch.Tensor], # from `angles_at`
+    attention: Callable, # as in `block_activations`
+    batch: PackedBatch | None = None, # whose tokens these are; only dropout needs it
+    seed: torch.Tensor | None = None, # of the dropout; None: no dropout
+    save: bool = False,      # put all activations on the tape, or only the blocks' inputs?
+    tape: list | None = None, # gets (input, activations if `save`, down's activations) of each block
+) -> torch.Tensor: # the residual stream after the last block [tokens, features]
+    "Embedding and all blocks."
+    first = blocks[0]
+    for group in (first.qkv, first.o, first.gate_up, first.down):
+        group.workspace.owner = None  # a recorded pass must dequantise for itself
+    x = F.embedding(input_ids, base.model.embed_tokens.weight)
+    for block in blocks:
+        out, saved, down_lora = block_forward(block, x, angles, attention, batch, seed, save)
+        if tape is not None: tape.append((x, saved, down_lora))
+        x = out
+    return x
+
+def output_logits(
+    base,                 # as in `llama_blocks`
+    blocks: list[Block],  # from `llama_blocks`
+    hidden: torch.Tensor, # from `hidden_states`, or some of its tokens
+) -> torch.Tensor: # [tokens, vocabulary]
+    "The last norm and the head."
+    normed, _ = blocks[0].qkv.ops.rms_norm(hidden, base.model.norm.weight, blocks[0].eps)
+    return normed @ base.lm_head.weight.t()

@@ -5,80 +5,120 @@
 # %% ../../nbs/02h_graphs.ipynb #28cb3c06
 from __future__ import annotations
 import contextlib, time
+from typing import Callable, TYPE_CHECKING
 import torch
-from fastcore.basics import patch
 from .packing import PackedBatch
-
+if TYPE_CHECKING:
+    from dolly_lora.engine.memory import MemoryPlan
+    from dolly_lora.engine.step import FusedLlama
 
 # %% auto #0
-__all__ = ['StepGraphs']
+__all__ = ['GraphRecorder', 'blank_batch', 'fill_batch', 'StepGraphs']
+
+# %% ../../nbs/02h_graphs.ipynb #i02h0004
+class GraphRecorder:
+    "Records what functions launch as CUDA graphs with a common pool of memory."
+    def __init__(self):
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.seconds = 0.0  # spent on recordings so far
+
+    def record(self,
+        work: Callable, # called without arguments; launches on fixed places, and does not wait for the card
+        warm_up: Callable | None = None, # called before; compiles and loads what `work` will use
+    ) -> torch.cuda.CUDAGraph: # its `replay()` does the work again
+        "Record what `work` launches."
+        start = time.perf_counter()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if warm_up: warm_up()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self.pool)
+            try: work()
+            except BaseException:
+                with contextlib.suppress(Exception): graph.capture_end()
+                raise
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        self.seconds += time.perf_counter() - start
+        return graph
+
+# %% ../../nbs/02h_graphs.ipynb #i02h0007
+def blank_batch(
+    length: int,      # tokens
+    plan: MemoryPlan, # how many and how long examples there can be
+    device,           # of the batch
+) -> PackedBatch: # zeros, without targets
+    "A batch to be recorded with, in which any batch of the plan has room."
+    def zeros(): return torch.zeros(length, dtype=torch.int64, device=device)
+    # the sizes that attention is launched with are recorded, so it is told of the largest that can come
+    cu_seqlens = (torch.arange(plan.examples + 2) * plan.longest).clamp(max=length)
+    cu_seqlens = cu_seqlens.int().to(device)
+    cu_seqlens[-1] = length
+    return PackedBatch(zeros(), zeros() - 100, zeros(), zeros(), cu_seqlens, [plan.longest], [0])
+
+def fill_batch(
+    fixed: PackedBatch, # from `blank_batch`; changed in place
+    batch: PackedBatch, # no longer than `fixed`
+):
+    "Copy a batch to where a graph reads it; the rest becomes an example without targets."
+    n, examples = len(batch.input_ids), len(batch.cu_seqlens)
+    for to, tensor, rest in ((fixed.input_ids, batch.input_ids, 0), (fixed.targets, batch.targets, -100),
+                             (fixed.position_ids, batch.position_ids, 0),
+                             (fixed.token_index, batch.token_index, 0)):
+        to[:n].copy_(tensor, non_blocking=True)
+        to[n:] = rest
+    fixed.cu_seqlens[:examples].copy_(batch.cu_seqlens, non_blocking=True)
+    fixed.cu_seqlens[examples:] = n  # examples without tokens
+    fixed.cu_seqlens[-1] = len(fixed.input_ids)
 
 # %% ../../nbs/02h_graphs.ipynb #02c033
 class StepGraphs:
-    "Forward and backward of a row as one CUDA graph for each length."
+    "Forward and backward of a packed batch as one CUDA graph for each length."
     def __init__(self,
-        engine,              # `FusedLlama`, on a card whose attention takes the bounds from memory
-        multiple: int = 128, # rows are filled up to multiples of this
+        engine: FusedLlama,  # on a card whose attention reads the boundaries from memory
+        multiple: int = 128, # batches are filled up to multiples of this many tokens
     ):
+        self.engine, self.multiple, self.recorder = engine, multiple, GraphRecorder()
+        self.graphs = {}  # length -> (graph, the batch that it reads)
         device = engine.device
-        self.engine, self.multiple, self.graphs = engine, multiple, {}
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        self.items = torch.ones((), device=device)
+        self.num_items = torch.ones((), device=device)
         self.seed = torch.zeros((), dtype=torch.int64, device=device)
-        self.out, self.seconds = torch.zeros((), device=device), 0.0
+        self.out = torch.zeros((), device=device)
 
-    def __call__(self, row, items, seed): return self._replay(row, items, seed)
+    @property
+    def seconds(self) -> float: # spent on recordings so far
+        return self.recorder.seconds
 
-# %% ../../nbs/02h_graphs.ipynb #i0428687
-@patch
-def _fill(self: StepGraphs, fixed, row): # `row` into a longer one's places, the rest an example without targets
-    n, m = len(row.input_ids), len(row.bounds)
-    for to, tensor, rest in ((fixed.input_ids, row.input_ids, 0), (fixed.targets, row.targets, -100),
-                             (fixed.positions, row.positions, 0), (fixed.numbers, row.numbers, 0)):
-        to[:n].copy_(tensor, non_blocking=True); to[n:] = rest
-    fixed.bounds[:m].copy_(row.bounds, non_blocking=True)
-    fixed.bounds[m:] = n
-    fixed.bounds[-1] = len(fixed.input_ids)
+    def __call__(self,
+        batch: PackedBatch, # within the plan's budget, examples and longest
+        num_items,          # learnt tokens of the whole step
+        seed: int,          # of the dropout
+    ) -> torch.Tensor: # the loss
+        "Replay a step; gradients are added to the flat gradient."
+        length = self._filled(len(batch.input_ids))
+        lengths = [length] if self.graphs else [self._filled(self.engine.plan.token_budget), length]
+        for n in lengths:
+            if n not in self.graphs: self._record(n)
+        graph, fixed = self.graphs[length]
+        fill_batch(fixed, batch)
+        self.num_items.copy_(torch.as_tensor(num_items))
+        self.seed.fill_(int(seed))
+        graph.replay()
+        return self.out.clone()
 
-# %% ../../nbs/02h_graphs.ipynb #i6798861
-@patch
-def _record(self: StepGraphs, length):
-    start, plan = time.perf_counter(), self.engine.plan
-    new = lambda n: torch.zeros(n, dtype=torch.int64, device=self.engine.device)
-    bounds = (torch.arange(plan.examples + 2) * plan.longest).clamp(max=length)
-    bounds = bounds.int().to(self.engine.device); bounds[-1] = length
-    fixed = PackedBatch(new(length), new(length) - 100, new(length), new(length), bounds, [plan.longest], [0])
-    self.stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(self.stream):
-        if not self.graphs:  # compile and load what the first pass compiles and loads
+    def _filled(self, n): return -(-n // self.multiple) * self.multiple
+
+    def _record(self, length):
+        fixed = blank_batch(length, self.engine.plan, self.engine.device)
+
+        def step(): return self.engine.loss(fixed, self.num_items, self.seed, True)
+
+        def warm_up():
             before = self.engine.flat.grad.clone()
-            self.engine.loss(fixed, self.items, self.seed, True)
-            self.engine.flat.grad.copy_(before)
-            del before
-        torch.cuda.synchronize(); torch.cuda.empty_cache()  # a recording cannot free what lies idle
-        graph = torch.cuda.CUDAGraph(); graph.capture_begin(pool=self.pool)
-        try: self.out.copy_(self.engine.loss(fixed, self.items, self.seed, True))
-        except BaseException:
-            with contextlib.suppress(Exception): graph.capture_end()
-            raise
-        graph.capture_end()
-    torch.cuda.current_stream().wait_stream(self.stream)
-    self.graphs[length] = graph, fixed
-    self.seconds += time.perf_counter() - start
+            step()
+            self.engine.flat.grad.copy_(before)  # nobody learns from a warm-up
 
-# %% ../../nbs/02h_graphs.ipynb #i6519962
-@patch
-def _replay(self: StepGraphs,
-    row: PackedBatch,  # within the plan's budget, examples and longest
-    items,     # learnt tokens of the whole step
-    seed: int, # of the dropout
-) -> torch.Tensor: # the loss
-    "Replay; gradients are added to the flat gradient."
-    whole = lambda n: -(-n // self.multiple) * self.multiple
-    length = whole(len(row.input_ids))
-    for n in (whole(self.engine.plan.token_budget), length) if not self.graphs else (length,):
-        if n not in self.graphs: self._record(n)
-    graph, fixed = self.graphs[length]
-    self._fill(fixed, row); self.items.copy_(torch.as_tensor(items)); self.seed.fill_(int(seed))
-    graph.replay()
-    return self.out.clone()
+        graph = self.recorder.record(lambda: self.out.copy_(step()), None if self.graphs else warm_up)
+        self.graphs[length] = graph, fixed

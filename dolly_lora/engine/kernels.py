@@ -8,6 +8,7 @@ import zlib
 from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
+from ..hardware import is_ampere
 try: import triton, triton.language as tl
 # no Linux, or a build of PyTorch for the CPU: the formulas in PyTorch do
 except ImportError: triton = tl = None
@@ -28,17 +29,17 @@ def plot_ablation(
     import matplotlib.pyplot as plt
     best = min(r["s_per_step"] for r in rows)
     near = [r for r in rows if r["s_per_step"] < 5 * best]  # beside the slow ones these would be slivers
-    fig, axes = plt.subplots(1, 1 + (len(near) < len(rows)), figsize=(9, 1.5 + 0.34 * len(rows)),
-                             squeeze=False, layout="constrained")
+    enlarged = len(near) < len(rows)
+    fig, axes = plt.subplots(1, 1 + enlarged, figsize=(9, 1.5 + 0.34 * len(rows)), squeeze=False,
+                             layout="constrained")
     for ax, shown in zip(axes[0], (rows, near)): _bars(ax, shown)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS),
                frameon=False, fontsize=8, columnspacing=1, handlelength=1)
-    if len(near) < len(rows): axes[0, 1].set_title("the fast ones, enlarged", fontsize=10)
+    if enlarged: axes[0, 1].set_title("the fast ones, enlarged", fontsize=10)
     fig.suptitle(f"A step of {rows[0].get('batch_size', 16)} examples: {rows[0]['model']}, "
                  f"{rows[0]['device']}", fontsize=11)
     return fig
 
-# %% ../../nbs/02b_kernels.ipynb #02b00617
 def _bars(ax, rows):
     names, left = [r["name"] for r in rows], [0.0] * len(rows)
     for kind, color in KINDS.items():
@@ -47,14 +48,28 @@ def _bars(ax, rows):
         ax.barh(names, width, left=left, color=color, label=kind)
         left = [l + w for l, w in zip(left, width)]
     for i, r in enumerate(rows):
-        ax.text(max(left[i], r["s_per_step"]), i, f" {r['s_per_step']:.3f} s", va="center", fontsize=9)
-    ax.axvline(rows[0]["floor_s"], color="black", lw=1, ls="--"); ax.invert_yaxis(); ax.margins(x=0.18)
-    ax.set(xlabel="seconds (dashed: the arithmetic alone)"); ax.spines[["top", "right"]].set_visible(False)
+        end = max(left[i], r["s_per_step"])
+        ax.text(end, i, f" {r['s_per_step']:.3f} s", va="center", fontsize=9)
+    ax.axvline(rows[0]["floor_s"], color="black", lw=1, ls="--")
+    ax.invert_yaxis()
+    ax.margins(x=0.18)
+    ax.set(xlabel="seconds (dashed: the arithmetic alone)")
+    ax.spines[["top", "right"]].set_visible(False)
 
 # %% ../../nbs/02b_kernels.ipynb #02b013
-def jit(f): return triton.jit(f, do_not_specialize=["place", "rows", "S", "N"]) if triton else f
+def jit(
+    f, # a function in Triton's language
+): # the kernel; `f` itself where Triton is missing
+    "`triton.jit` that compiles once for all numbers of tokens."
+    return triton.jit(f, do_not_specialize=["linear_index", "rows", "S", "N"]) if triton else f
+
+def next_power_of_2(
+    n: int, # at least 1
+) -> int: # 1, 2, 4, 8, ...
+    "The smallest power of two that is not below n: Triton's blocks have such sizes."
+    return 1 << max(0, (n - 1).bit_length())
+
 def _cdiv(a, b): return -(-a // b)
-def next_power_of_2(n): return 1 << max(0, (n - 1).bit_length())
 
 # %% ../../nbs/02b_kernels.ipynb #02b015
 def rms_norm(
@@ -62,31 +77,38 @@ def rms_norm(
     w: torch.Tensor, # [features]
     eps: float,      # of the model's config
 ): # (y like x, 1 / rms: float32 [tokens, 1])
-    "As LlamaRMSNorm computes it."
+    "Scale every token to a mean square of one, then every feature by its weight, as LlamaRMSNorm does."
     scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
     return w * (x.float() * scale).to(x.dtype), scale
 
 def rms_norm_backward(
-    g: torch.Tensor, x: torch.Tensor,        # gradient of y; the input; both [tokens, features]
-    w: torch.Tensor, scale: torch.Tensor,    # as in, and from, `rms_norm`
-    residual: torch.Tensor,                  # [tokens, features], added
-) -> torch.Tensor: # gradient of x
-    "The way back through the norm, and past it."
+    g: torch.Tensor,        # gradient of y [tokens, features]
+    x: torch.Tensor,        # the input [tokens, features]
+    w: torch.Tensor,        # the weight, as in `rms_norm`
+    scale: torch.Tensor,    # the second result of `rms_norm`
+    residual: torch.Tensor, # gradient that flows past the norm [tokens, features]
+) -> torch.Tensor: # gradient of x, both parts added
+    "Backward pass of the norm and of the residual connection around it."
     unit, g = x.float() * scale, g.float() * w.float()
     return (scale * (g - unit * (g * unit).mean(-1, keepdim=True))).to(x.dtype).add_(residual)
 
 # %% ../../nbs/02b_kernels.ipynb #02b017
 @jit
 def _rms_norm(x, w, y, scale, eps, K, BK: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64); k = tl.arange(0, BK); ok = k < K
+    t = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BK)
+    ok = k < K
     v = tl.load(x + t * K + k, ok, 0).to(tl.float32)
     s = tl.rsqrt(tl.sum(v * v) / K + eps)
     unit = (v * s).to(y.dtype.element_ty)
-    tl.store(y + t * K + k, unit * tl.load(w + k, ok), ok); tl.store(scale + t, s)
+    tl.store(y + t * K + k, unit * tl.load(w + k, ok), ok)
+    tl.store(scale + t, s)
 
 @jit
 def _rms_norm_backward(g, x, w, scale, residual, out, K, BK: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64); k = tl.arange(0, BK); ok = k < K
+    t = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BK)
+    ok = k < K
     s = tl.load(scale + t)
     unit = tl.load(x + t * K + k, ok, 0).to(tl.float32) * s
     gw = tl.load(g + t * K + k, ok, 0).to(tl.float32) * tl.load(w + k, ok, 0).to(tl.float32)
@@ -107,27 +129,31 @@ def _rms_norm_backward_triton(g, x, w, scale, residual):
     return out
 
 # %% ../../nbs/02b_kernels.ipynb #02b021
-def _turned(x, cos, sin):
+def _rotated(x, cos, sin):
     a, b = x.chunk(2, -1)
     c, s = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     return torch.cat([a * c - b * s, b * c + a * s], -1)
 
 def rotate_(
-    qkv: torch.Tensor, # [tokens, features]; its first `heads` heads are turned in place
-    cos: torch.Tensor, # float32 [tokens, size / 2]
+    qkv: torch.Tensor, # [tokens, features]; its first `heads` heads are rotated in place
+    cos: torch.Tensor, # float32 [tokens, head_dim / 2]
     sin: torch.Tensor, # like cos
-    heads: int,        # queries' and keys' heads
+    heads: int,        # number of queries' and keys' heads together
 ):
-    "Turn queries and keys by their positions."
+    "Rotate queries and keys by the angles of their positions."
     part = qkv[:, :heads * 2 * cos.shape[1]].unflatten(1, (heads, -1))
-    part.copy_(_turned(part, cos, sin))
+    part.copy_(_rotated(part, cos, sin))
 
 def rotate_backward(
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, # gradients [tokens, heads or key heads, size]
-    cos: torch.Tensor, sin: torch.Tensor,                 # as in `rotate_`
-) -> torch.Tensor: # gradient of qkv
-    "Turn back and gather."
-    return torch.cat([t.flatten(1) for t in (_turned(dq, cos, -sin), _turned(dk, cos, -sin), dv)], 1)
+    dq: torch.Tensor,  # gradient of the rotated queries [tokens, heads, head_dim]
+    dk: torch.Tensor,  # gradient of the rotated keys [tokens, key heads, head_dim]
+    dv: torch.Tensor,  # gradient of the values, like dk
+    cos: torch.Tensor, # as in `rotate_`
+    sin: torch.Tensor, # as in `rotate_`
+) -> torch.Tensor: # gradient of qkv [tokens, features]
+    "Rotate the gradients of queries and keys back, and put all three side by side."
+    back = _rotated(dq, cos, -sin), _rotated(dk, cos, -sin), dv
+    return torch.cat([t.flatten(1) for t in back], 1)
 
 # %% ../../nbs/02b_kernels.ipynb #02b023
 @jit
@@ -139,7 +165,8 @@ def _rotate(src, dst, cos, sin, stride_src, stride_dst, heads, sign, D, BD: tl.c
     c, s = tl.load(cos + t * D + d, d < D, 0), tl.load(sin + t * D + d, d < D, 0) * sign
     i, o = src + t * stride_src + h * 2 * D + d, dst + t * stride_dst + h * 2 * D + d
     a, b = tl.load(i, ok, 0).to(tl.float32), tl.load(i + D, ok, 0).to(tl.float32)
-    tl.store(o, a * c - b * s, ok); tl.store(o + D, b * c + a * s, ok)
+    tl.store(o, a * c - b * s, ok)
+    tl.store(o + D, b * c + a * s, ok)
 
 # %% ../../nbs/02b_kernels.ipynb #02b024
 def _rotate_into(src, dst, cos, sin, heads, sign):
@@ -159,45 +186,49 @@ def _rotate_backward_triton(dq, dk, dv, cos, sin):
 
 # %% ../../nbs/02b_kernels.ipynb #02b027
 def swiglu(
-    gu: torch.Tensor, # [tokens, 2 × features]: gate, then up
-): # [tokens, features]
-    "The activation of a Llama block."
-    gate, up = gu.chunk(2, -1)
+    gate_up: torch.Tensor, # [tokens, 2 × features]: gate, then up
+) -> torch.Tensor: # [tokens, features]
+    "The activation function of a Llama block."
+    gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
 def swiglu_backward(
-    g: torch.Tensor,  # gradient of the activation [tokens, features]
-    gu: torch.Tensor, # the input of `swiglu`
-) -> torch.Tensor: # gradient of gu
-    "The way back through the activation."
-    gate, up = gu.chunk(2, -1)
+    g: torch.Tensor,       # gradient of the activation [tokens, features]
+    gate_up: torch.Tensor, # the input of `swiglu`
+) -> torch.Tensor: # gradient of gate_up
+    "Backward pass of `swiglu`."
+    gate, up = gate_up.chunk(2, -1)
     s = torch.sigmoid(gate)
     return torch.cat([g * up * s * (1 + gate * (1 - s)), g * gate * s], -1)
 
 # %% ../../nbs/02b_kernels.ipynb #02b029
 @jit
 def _swiglu(gu, out, F, BF: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64); f = tl.program_id(1) * BF + tl.arange(0, BF); ok = f < F
+    t = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    ok = f < F
     gate = tl.load(gu + t * 2 * F + f, ok, 0).to(tl.float32)
     up = tl.load(gu + t * 2 * F + F + f, ok, 0).to(tl.float32)
     tl.store(out + t * F + f, gate * tl.sigmoid(gate) * up, ok)
 
 @jit
 def _swiglu_backward(g, gu, out, F, BF: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64); f = tl.program_id(1) * BF + tl.arange(0, BF); ok = f < F
+    t = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    ok = f < F
     gate = tl.load(gu + t * 2 * F + f, ok, 0).to(tl.float32)
     up = tl.load(gu + t * 2 * F + F + f, ok, 0).to(tl.float32)
     d, s = tl.load(g + t * F + f, ok, 0).to(tl.float32), tl.sigmoid(gate)
     tl.store(out + t * 2 * F + f, d * up * s * (1 + gate * (1 - s)), ok)
     tl.store(out + t * 2 * F + F + f, d * gate * s, ok)
 
+# %% ../../nbs/02b_kernels.ipynb #02b02911
 def _swiglu_triton(gu):
     N, F = len(gu), gu.shape[1] // 2
     out = torch.empty(N, F, dtype=gu.dtype, device=gu.device)
     _swiglu[(N, _cdiv(F, 1024))](gu, out, F, BF=1024)
     return out
 
-# %% ../../nbs/02b_kernels.ipynb #02b02911
 def _swiglu_backward_triton(g, gu):
     out = torch.empty_like(gu)
     _swiglu_backward[(len(g), _cdiv(g.shape[1], 1024))](g, gu, out, g.shape[1], BF=1024)
@@ -205,37 +236,42 @@ def _swiglu_backward_triton(g, gu):
 
 # %% ../../nbs/02b_kernels.ipynb #02b032
 class Dropout:
-    "The masks of linears with a common input: drawn from (seed, place), so that they can be drawn again."
+    "The dropout masks of linears with a common input, which can be drawn again from seed and numbers."
     def __init__(self,
-        seed: torch.Tensor, # int64, on the device; of this step, the same for all its rows
-        place: int,         # number of the first linear in the model
+        seed: torch.Tensor, # int64, on the device; of this step, the same for all its batches
+        linear_index: int,  # number of the first of these linears in the model
         linears: int,       # how many share the input
         p: float,           # share that is dropped, 0 < p < 1
-        row,                # whose tokens' numbers in the step decide, a `PackedBatch`
-    ): self.seed, self.place, self.linears, self.p, self.row, self.masks = seed, place, linears, p, row, {}
+        batch,              # `PackedBatch` that the input belongs to: which tokens of the step these are
+    ):
+        self.seed, self.linear_index, self.linears, self.p = seed, linear_index, linears, p
+        self.batch, self.masks = batch, {}
 
-    def _draw(self, n, start, i, x): # an example's mask, from its first token's number
-        # a CPU's generator takes 32 bits
-        random = torch.Generator(x.device).manual_seed(
-            zlib.crc32(f"{int(self.seed)} {start} {self.place + i}".encode()))
-        return torch.empty(n, x.shape[1], dtype=torch.bool,
-                           device=x.device).bernoulli_(1 - self.p, generator=random)
+    def _draw(self, n, start, i, x): # the mask of an example of n tokens, whose first has number `start`
+        text = f"{int(self.seed)} {start} {self.linear_index + i}"
+        random = torch.Generator(x.device).manual_seed(zlib.crc32(text.encode()))  # takes 32 bits
+        mask = torch.empty(n, x.shape[1], dtype=torch.bool, device=x.device)
+        return mask.bernoulli_(1 - self.p, generator=random)
 
-    def __call__(self, x, i): # x [tokens, in] for linear i: dropped, and the rest divided by 1 - p
+    def __call__(self,
+        x: torch.Tensor, # [tokens, features]
+        i: int,          # for the i-th of the linears
+    ) -> torch.Tensor: # like x: some elements zero, the others divided by 1 - p
+        "Drop out for one of the linears."
         if i not in self.masks:
-            self.masks[i] = torch.cat([self._draw(n, start, i, x)
-                                       for n, start in zip(self.row.lengths, self.row.starts)])
+            examples = zip(self.batch.lengths, self.batch.starts)
+            self.masks[i] = torch.cat([self._draw(n, start, i, x) for n, start in examples])
         return torch.where(self.masks[i], x, 0) / (1 - self.p)
 
 # %% ../../nbs/02b_kernels.ipynb #02b034
 def lora_down(
-    x: torch.Tensor,            # [tokens, features]
-    M: torch.Tensor,            # [linears × r, features]; with `sizes` [r, features]
-    scale: float,               # multiplies the result
-    drop: Dropout | None = None, # every linear reads all of x, dropped in its own way
-    sizes: list[int] | None = None, # or linear i reads the i-th part of x
-): # [tokens, linears × r]
-    "To the rank."
+    x: torch.Tensor,             # [tokens, features]
+    M: torch.Tensor,             # [linears × r, features]; with `sizes` [r, features]
+    scale: float,                # multiplies the result
+    drop: Dropout | None = None, # each linear reads all of x, dropped out in its own way
+    sizes: list[int] | None = None, # or each linear reads its own part of x: features of each
+) -> torch.Tensor: # [tokens, linears × r]
+    "From the features down to the rank: `scale * x @ M.t()` for every linear, side by side."
     if sizes: parts = [a @ m.t() for a, m in zip(x.split(sizes, 1), M.split(sizes, 1))]
     elif drop: parts = [drop(x, i) @ m.t() for i, m in enumerate(M.chunk(drop.linears))]
     else: parts = [x @ M.t()]
@@ -243,15 +279,16 @@ def lora_down(
 
 # %% ../../nbs/02b_kernels.ipynb #02b03417
 def lora_up_(
-    y: torch.Tensor, # [tokens, features], changed in place: += h M
+    y: torch.Tensor, # [tokens, features], changed in place
     h: torch.Tensor, # [tokens, linears × r]
     M: torch.Tensor, # [linears × r, features]; with `sizes` [r, features]
-    drop: Dropout | None = None,    # every linear's part is dropped in its own way
+    drop: Dropout | None = None,    # each linear's product is dropped out in its own way
     sizes: list[int] | None = None, # or goes to its own features
 ):
-    "From the rank, added."
+    "From the rank up to the features, added to what is there: `y += h @ M` for every linear."
     if sizes:
-        for part, a, m in zip(y.split(sizes, 1), h.chunk(len(sizes), 1), M.split(sizes, 1)): part += a @ m
+        for part, a, m in zip(y.split(sizes, 1), h.chunk(len(sizes), 1), M.split(sizes, 1)):
+            part += a @ m
     elif drop:
         for i, (a, m) in enumerate(zip(h.chunk(drop.linears, 1), M.chunk(drop.linears))):
             y += drop(a @ m, i)
@@ -259,13 +296,13 @@ def lora_up_(
 
 # %% ../../nbs/02b_kernels.ipynb #02b03428
 def lora_grad_(
-    out: torch.Tensor, # float32 [linears × r, features], or with `sizes` [r, features]; changed in place: += h^T x
+    out: torch.Tensor, # float32 [linears × r, features], with `sizes` [r, features]; changed in place
     h: torch.Tensor,   # [tokens, linears × r]
     x: torch.Tensor,   # [tokens, features]
     drop: Dropout | None = None,    # as in `lora_down`
     sizes: list[int] | None = None, # as in `lora_down`
 ):
-    "An adapter's gradient, added."
+    "An adapter's gradient, added to what is there: `out += h.t() @ x` for every linear."
     if sizes:
         for part, a, b in zip(out.split(sizes, 1), h.chunk(len(sizes), 1), x.split(sizes, 1)):
             part += a.t() @ b
@@ -276,10 +313,10 @@ def lora_grad_(
 
 # %% ../../nbs/02b_kernels.ipynb #02b038
 @jit
-def _keys(seed, place):
+def _keys(seed, linear_index):
     "Two 32-bit keys of one dropout mask."
     s = tl.load(seed)
-    a = (s.to(tl.uint32) ^ (place.to(tl.uint32) * 0x9E3779B1)) * 0x85EBCA6B
+    a = (s.to(tl.uint32) ^ (linear_index.to(tl.uint32) * 0x9E3779B1)) * 0x85EBCA6B
     b = ((s >> 32).to(tl.uint32) + (a ^ (a >> 15))) * 0xC2B2AE35
     return a ^ (a >> 13), b ^ (b >> 16)
 
@@ -293,7 +330,7 @@ def _kept(i, a, b, threshold):
 
 # %% ../../nbs/02b_kernels.ipynb #02b039
 @jit
-def _down(x, m, h, seed, numbers, place, threshold, factor, N, K, e1, e2, sx, sg, s0, s1, R,
+def _down(x, m, h, seed, token_index, linear_index, threshold, factor, N, K, e1, e2, sx, sg, s0, s1, R,
           G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
           BR: tl.constexpr):
     g = tl.program_id(1)
@@ -303,7 +340,9 @@ def _down(x, m, h, seed, numbers, place, threshold, factor, N, K, e1, e2, sx, sg
         hi = tl.where(g == 0, e1, tl.where(g == 1, e2, K))
     t, r = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BR)
     t64 = t.to(tl.int64)
-    if DROP: a, b = _keys(seed, place + g); number = tl.load(numbers + t, t < N, 0).to(tl.uint32)
+    if DROP:
+        a, b = _keys(seed, linear_index + g)
+        number = tl.load(token_index + t, t < N, 0).to(tl.uint32)
     acc = tl.zeros([BT, BR], tl.float32)
     for k0 in range(lo, hi, BK):
         k = k0 + tl.arange(0, BK)
@@ -316,22 +355,24 @@ def _down(x, m, h, seed, numbers, place, threshold, factor, N, K, e1, e2, sx, sg
 
 # %% ../../nbs/02b_kernels.ipynb #02b040
 @jit
-def _up(y, h, m, seed, numbers, place, threshold, factor, N, C, e1, e2, sy, sg, s0, s1, R, G: tl.constexpr,
-        PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
+def _up(y, h, m, seed, token_index, linear_index, threshold, factor, N, C, e1, e2, sy, sg, s0, s1, R,
+        G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+        BR: tl.constexpr):
     t, c0, r = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BC, tl.arange(0, BR)
     c = c0 + tl.arange(0, BC)
     t64, inside = t.to(tl.int64), (t < N)[:, None] & (c < C)[None, :]
     first, last = 0, G
     if PART:
-        first = (c0 >= e1).to(tl.int32) + (c0 >= e2).to(tl.int32); last = first + 1
+        first = (c0 >= e1).to(tl.int32) + (c0 >= e2).to(tl.int32)
+        last = first + 1
     acc = tl.zeros([BT, BC], tl.float32)
     for g in range(first, last):
         u = tl.load(h + t64[:, None] * (G * R) + g * R + r[None, :], (t < N)[:, None] & (r < R)[None, :], 0)
         w = tl.load(m + g * sg + r[:, None] * s0 + c[None, :] * s1, (r < R)[:, None] & (c < C)[None, :], 0)
         d = tl.dot(u, w, input_precision="ieee")
         if DROP:
-            a, b = _keys(seed, place + g)
-            number = tl.load(numbers + t, t < N, 0).to(tl.uint32)[:, None] * C + c[None, :]
+            a, b = _keys(seed, linear_index + g)
+            number = tl.load(token_index + t, t < N, 0).to(tl.uint32)[:, None] * C + c[None, :]
             d = tl.where(_kept(number, a, b, threshold), d, 0.0)
         acc += d
     p = y + t64[:, None] * sy + c[None, :]
@@ -339,21 +380,23 @@ def _up(y, h, m, seed, numbers, place, threshold, factor, N, C, e1, e2, sy, sg, 
 
 # %% ../../nbs/02b_kernels.ipynb #02b042
 @jit
-def _outer(part, h, x, seed, numbers, place, threshold, factor, N, C, e1, e2, sx, rows, R, G: tl.constexpr,
-           PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
+def _outer(part, h, x, seed, token_index, linear_index, threshold, factor, N, C, e1, e2, sx, rows, R,
+           G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+           BR: tl.constexpr):
     c0, split, g = tl.program_id(0) * BC, tl.program_id(1), tl.program_id(2)
     o = g
     if PART:
         g = (c0 >= e1).to(tl.int32) + (c0 >= e2).to(tl.int32)
     c, r = c0 + tl.arange(0, BC), tl.arange(0, BR)
-    if DROP: a, b = _keys(seed, place + g)
+    if DROP: a, b = _keys(seed, linear_index + g)
     acc = tl.zeros([BR, BC], tl.float32)
     for t0 in range(split * rows, min(N, (split + 1) * rows), BT):
-        t = t0 + tl.arange(0, BT); t64 = t.to(tl.int64)
+        t = t0 + tl.arange(0, BT)
+        t64 = t.to(tl.int64)
         u = tl.load(h + t64[None, :] * (G * R) + g * R + r[:, None], (t < N)[None, :] & (r < R)[:, None], 0)
         v = tl.load(x + t64[:, None] * sx + c[None, :], (t < N)[:, None] & (c < C)[None, :], 0)
         if DROP:
-            number = tl.load(numbers + t, t < N, 0).to(tl.uint32)[:, None] * C + c[None, :]
+            number = tl.load(token_index + t, t < N, 0).to(tl.uint32)[:, None] * C + c[None, :]
             v = tl.where(_kept(number, a, b, threshold), v, 0.0)
         acc = tl.dot(u, v, acc, input_precision="ieee")
     tl.store(part + ((split * tl.num_programs(2) + o) * R + r[:, None]) * C + c[None, :], acc * factor,
@@ -362,7 +405,8 @@ def _outer(part, h, x, seed, numbers, place, threshold, factor, N, C, e1, e2, sx
 # %% ../../nbs/02b_kernels.ipynb #02b04217
 @jit
 def _accumulate(out, part, C, n, S, s0, s1, BC: tl.constexpr, T: tl.constexpr, BR: tl.constexpr):
-    c = tl.program_id(0) * BC + tl.arange(0, BC); r = tl.program_id(1) * BR + tl.arange(0, BR)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
     if T:
         ok = (r < n)[None, :] & (c < C)[:, None]
         where = r[None, :] * C + c[:, None]
@@ -376,63 +420,69 @@ def _accumulate(out, part, C, n, S, s0, s1, BC: tl.constexpr, T: tl.constexpr, B
     tl.store(to, acc, ok)
 
 # %% ../../nbs/02b_kernels.ipynb #02b043
-def _where(x, drop, sizes): # the arguments that say which linear reads what
+def _which(x, drop, sizes): # (linears, dropout's key, factor, ends of the first two linears, flags)
     ends = [sum(sizes[:1]), sum(sizes[:2])] if sizes else [0, 0]
-    how = dict(PART=bool(sizes), DROP=drop is not None)
-    if not drop: return len(sizes) if sizes else 1, (x, x, 0, 0), 1.0, ends, how
-    key = drop.seed, drop.row.numbers, drop.place, min(2**32 - 1, round(drop.p * 2**32))
-    return len(sizes) if sizes else drop.linears, key, 1 / (1 - drop.p), ends, how
+    flags = dict(PART=bool(sizes), DROP=drop is not None)
+    if drop is None: return len(sizes) if sizes else 1, (x, x, 0, 0), 1.0, ends, flags
+    threshold = min(2**32 - 1, round(drop.p * 2**32))
+    key = drop.seed, drop.batch.token_index, drop.linear_index, threshold
+    return len(sizes) if sizes else drop.linears, key, 1 / (1 - drop.p), ends, flags
 
-def _block(sizes, most): # the largest block that ends where the linears end
+def _block(sizes, most): # the largest block of features that ends where the linears end
     return next(b for b in (most, 64, 32, 16) if b <= most and not any(s % b for s in sizes or [0]))
 
 # %% ../../nbs/02b_kernels.ipynb #02b044
 def _lora_down_triton(x, M, scale, drop=None, sizes=None):
-    (N, K), (G, key, factor, ends, how) = x.shape, _where(x, drop, sizes)
+    N, K = x.shape
+    G, key, factor, ends, flags = _which(x, drop, sizes)
     R = M.shape[0] if sizes else M.shape[0] // G
     h = torch.empty(N, G * R, dtype=x.dtype, device=x.device)
     next_ = 0 if sizes else R * M.stride(0)  # from one matrix of a group to the next
     _down[(_cdiv(N, 16), G)](x, M, h, *key, scale * factor, N, K, *ends, x.stride(0), next_, *M.stride(), R,
-                             G=G, **how, BT=16, BK=128, BR=max(16, next_power_of_2(R)), num_warps=4, num_stages=3)
+                             G=G, **flags, BT=16, BK=128, BR=max(16, next_power_of_2(R)), num_warps=4,
+                             num_stages=3)
     return h
 
 def _lora_up_triton(y, h, M, drop=None, sizes=None):
-    (N, C), (G, key, factor, ends, how) = y.shape, _where(y, drop, sizes)
+    N, C = y.shape
+    G, key, factor, ends, flags = _which(y, drop, sizes)
     R, BC = M.shape[0] if sizes else M.shape[0] // G, _block(sizes, 128)
     next_ = 0 if sizes else R * M.stride(0)  # from one matrix of a group to the next
     _up[(_cdiv(N, 64), _cdiv(C, BC))](y, h, M, *key, factor, N, C, *ends, y.stride(0), next_, *M.stride(),
-                                      R, G=G, **how, BT=64, BC=BC, BR=max(16, next_power_of_2(R)), num_warps=4)
+                                      R, G=G, **flags, BT=64, BC=BC, BR=max(16, next_power_of_2(R)),
+                                      num_warps=4)
 
 # %% ../../nbs/02b_kernels.ipynb #02b04410
 def _lora_grad_triton(out, h, x, drop=None, sizes=None):
-    (N, C), (G, key, factor, ends, how) = x.shape, _where(x, drop, sizes)
+    N, C = x.shape
+    G, key, factor, ends, flags = _which(x, drop, sizes)
     R, BC, L = h.shape[1] // G, _block(sizes, 64), 1 if sizes else G
     S = max(1, min(16, 1024 // (_cdiv(C, BC) * L), _cdiv(N, 128)))
     part = torch.empty(S, L * R, C, dtype=torch.float32, device=x.device)
     rows = _cdiv(_cdiv(N, S), 32) * 32  # tokens of a program
-    _outer[(_cdiv(C, BC), S, L)](part, h, x, *key, factor, N, C, *ends, x.stride(0), rows, R, G=G, **how,
+    _outer[(_cdiv(C, BC), S, L)](part, h, x, *key, factor, N, C, *ends, x.stride(0), rows, R, G=G, **flags,
                                  BT=32, BC=BC, BR=max(16, next_power_of_2(R)), num_warps=4, num_stages=3)
     _accumulate[(_cdiv(C, 64), _cdiv(L * R, 16))](out, part, C, L * R, S, *out.stride(), BC=64, BR=16,
                                                   T=out.stride(0) < out.stride(1))
 
 # %% ../../nbs/02b_kernels.ipynb #02b049
 def cross_entropy_(
-    logits: torch.Tensor,  # [tokens, vocabulary]; overwritten by their gradient if that is asked for
-    targets: torch.Tensor, # int64 [tokens], -100 where nothing is learnt
-    items: torch.Tensor,   # learnt tokens of the whole step
-    gradient: bool,        # wanted?
-): # sum of the negative log-probabilities, in nats, divided by `items`
-    "The loss, and its gradient in place."
+    logits: torch.Tensor,    # [tokens, vocabulary]; overwritten by their gradient if that is asked for
+    targets: torch.Tensor,   # int64 [tokens], -100 where nothing is learnt
+    num_items: torch.Tensor, # learnt tokens of the whole step
+    gradient: bool,          # overwrite the logits?
+) -> torch.Tensor: # sum of the negative log-probabilities, in nats, divided by `num_items`
+    "The loss, and its gradient in place of the logits."
     p, known, target = logits.float().log_softmax(-1), targets != -100, targets.clamp(min=0)[:, None]
-    loss = -p.gather(1, target)[:, 0][known].sum() / items
+    loss = -p.gather(1, target)[:, 0][known].sum() / num_items
     if gradient:
         minus_one = torch.full_like(p[:, :1], -1.0)
-        logits.copy_(p.exp_().scatter_add_(1, target, minus_one) * (known[:, None] / items))
+        logits.copy_(p.exp_().scatter_add_(1, target, minus_one) * (known[:, None] / num_items))
     return loss
 
 # %% ../../nbs/02b_kernels.ipynb #02b051
 @jit
-def _cross_entropy(logits, targets, items, loss, V, GRAD: tl.constexpr, BV: tl.constexpr):
+def _cross_entropy(logits, targets, num_items, loss, V, GRAD: tl.constexpr, BV: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + t)
     row = logits + t * V
@@ -445,7 +495,7 @@ def _cross_entropy(logits, targets, items, loss, V, GRAD: tl.constexpr, BV: tl.c
         top = new
         own += tl.sum(tl.where(v0 + v == target, z, 0.0))
     log_sum, known = top + tl.log(total), target >= 0
-    weight = tl.where(known, 1.0 / tl.load(items), 0.0)
+    weight = tl.where(known, 1.0 / tl.load(num_items), 0.0)
     tl.store(loss + t, (log_sum - own) * weight)
     if GRAD:
         for v0 in range(0, V, BV):
@@ -453,9 +503,9 @@ def _cross_entropy(logits, targets, items, loss, V, GRAD: tl.constexpr, BV: tl.c
             tl.store(row + v0 + v, (tl.exp(z - log_sum) - (v0 + v == target)) * weight, v0 + v < V)
 
 # %% ../../nbs/02b_kernels.ipynb #02b05118
-def _cross_entropy_triton(logits, targets, items, gradient):
+def _cross_entropy_triton(logits, targets, num_items, gradient):
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    _cross_entropy[(len(logits),)](logits, targets, items, loss, logits.shape[1], GRAD=gradient,
+    _cross_entropy[(len(logits),)](logits, targets, num_items, loss, logits.shape[1], GRAD=gradient,
                                    BV=min(4096, next_power_of_2(logits.shape[1])), num_warps=8)
     return loss.sum()
 
@@ -473,7 +523,5 @@ TRITON = SimpleNamespace(
 def operations(
     device: torch.device, # of the model
 ) -> SimpleNamespace: # PLAIN or TRITON
-    "Triton on cards of compute capability 8.0 and up, PyTorch elsewhere."
-    fine = (triton and torch.device(device).type == "cuda"
-            and torch.cuda.get_device_capability(device)[0] >= 8)
-    return TRITON if fine else PLAIN
+    "The operations a device can run: Triton on cards of compute capability 8.0 and up, PyTorch elsewhere."
+    return TRITON if triton and is_ampere(device) else PLAIN

@@ -5,10 +5,11 @@
 # %% ../../nbs/02g_memory.ipynb #28cb3c05
 from __future__ import annotations
 from dataclasses import dataclass
-import torch
 from ..config import Recipe
 from .blocks import fits_llama
 from .kernels import operations
+from ..hardware import free_memory
+from ..models import linear_shapes
 
 # %% auto #0
 __all__ = ['MemoryPlan', 'plan_memory']
@@ -18,9 +19,9 @@ __all__ = ['MemoryPlan', 'plan_memory']
 class MemoryPlan:
     "How a step spends memory."
     keep_weights: bool # hold NF4 weights dequantised to the computing precision
-    recompute: bool    # keep the blocks' inputs only, and compute the rest again on the way back
-    token_budget: int  # tokens of a row
-    examples: int = 16  # of a row, at most
+    recompute: bool    # keep only the blocks' inputs, and compute the rest again in the backward pass
+    token_budget: int  # tokens of a packed batch, at most
+    examples: int = 16  # of a packed batch, at most
     longest: int = 1024 # tokens of an example, at most
 
     def __str__(self):
@@ -32,27 +33,33 @@ class MemoryPlan:
 # %% ../../nbs/02g_memory.ipynb #02c02011
 def plan_memory(
     model,          # PeftModel on its device
-    recipe: Recipe, # `memory`, `max_length` and `batch_size`
+    recipe: Recipe, # `memory`, `max_length` and `batch_size` decide
     free: int | None = None, # bytes; default: what the card has left
-) -> MemoryPlan:
-    "What fits."
-    c, width = model.get_base_model().config, model.get_base_model().lm_head.weight.element_size()
-    d, ff, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
-    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    q, kv = c.num_attention_heads * size, c.num_key_value_heads * size
-    rest, by_hand = dict(examples=recipe.batch_size, longest=recipe.max_length), fits_llama(model)
-    if model.device.type == "cpu" and free is None:  # unquantised: nothing to keep twice
-        return MemoryPlan(by_hand, recipe.memory == "frugal", max(1024, recipe.max_length), **rest)
-    if free is None:
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    # autograd and the formulas hold more than the kernels; gradients, optimizer and libraries want room
-    plain = model.device.type == "cuda" and operations(model.device).name == "PyTorch"
-    if not by_hand or plain: free = free // 2
-    room = 0.9 * free - 16 * sum(p.numel() for p in model.parameters() if p.requires_grad) - 2**30
-    block = (2 * d * q + 2 * d * kv + 3 * d * ff) * width
-    token = (layers * (4 * d + 2 * q + 2 * kv + 3 * ff) + 2 * c.vocab_size) * width
-    for keep in (True, False) if by_hand else (False,):
+) -> MemoryPlan: # the fastest that fits; with `memory="frugal"`, the smallest
+    "Decide how a step spends the memory there is."
+    fused = fits_llama(model)
+    limits = dict(examples=recipe.batch_size, longest=recipe.max_length)
+    if model.device.type == "cpu" and free is None:  # unquantised: there is nothing to keep twice
+        budget = max(1024, recipe.max_length)
+        return MemoryPlan(fused, recipe.memory == "frugal", budget, **limits)
+
+    # what there is
+    if free is None: free = free_memory()
+    formulas = model.device.type == "cuda" and operations(model.device).name == "PyTorch"
+    if not fused or formulas: free = free // 2
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    room = 0.9 * free - 16 * trainable - 2**30  # weight, gradient and two moments in float32
+
+    # what a block's weights take dequantised, and what a token's activations take in all blocks
+    config, width = model.get_base_model().config, model.get_base_model().lm_head.weight.element_size()
+    shapes, layers = linear_shapes(config), config.num_hidden_layers
+    block = sum(inputs * outputs for inputs, outputs in shapes.values()) * width
+    queries, keys = shapes["q_proj"][1], shapes["k_proj"][1]
+    saved = 4 * config.hidden_size + 2 * queries + 2 * keys + 3 * config.intermediate_size
+    token = (layers * saved + 2 * config.vocab_size) * width
+
+    for keep in (True, False) if fused else (False,):
         budget = int((room - block * (layers if keep else 1)) // token)
         if recipe.memory != "frugal" and budget >= min(2 * recipe.max_length, 6144):
-            return MemoryPlan(keep, False, min(6144, budget), **rest)
-    return MemoryPlan(False, recipe.memory != "speed", max(2048, recipe.max_length), **rest)
+            return MemoryPlan(keep, False, min(6144, budget), **limits)
+    return MemoryPlan(False, recipe.memory != "speed", max(2048, recipe.max_length), **limits)

@@ -1,0 +1,119 @@
+"""What a training run computes, says and leaves."""
+import ast
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from conftest import ROOT
+from dolly_lora.config import DollyError
+from dolly_lora.engine.step import FusedLlama
+from dolly_lora.hardware import peak_memory
+from dolly_lora.train import train
+from dolly_lora.trainer import model_card, training_arguments
+from training import RECIPE, quiet
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(RECIPE, folder, log=quiet)
+
+
+def test_the_best_checkpoint_is_the_one_that_is_kept(whole):
+    summary = whole[1]["summary"]
+    losses = {row["step"]: row["eval_loss"] for row in whole[1]["validation"] if row["step"]}
+    assert summary["best_validation_loss"] == losses[summary["best_step"]] == min(losses.values())
+    assert max(losses) == summary["steps"] == 12
+
+
+def test_the_summary_names_the_optimizer_that_ran(whole):
+    on_gpu = torch.cuda.is_available()
+    assert whole[1]["summary"]["optimizer"] == ("adamw_torch_fused" if on_gpu else "adamw_torch")
+
+
+def test_validation_loss_is_weighted_by_tokens(whole):
+    from dolly_lora.data import prepare_data
+    from dolly_lora.evaluate import mean_loss, token_losses
+    from dolly_lora.models import load_tokenizer, load_tuned
+    model, tokenizer = load_tuned(RECIPE, whole[0]), load_tokenizer(RECIPE)
+    records = prepare_data(RECIPE, whole[0])["val"]
+    loss = mean_loss(token_losses(model, tokenizer, records, RECIPE))["loss"]
+    assert loss == pytest.approx(whole[1]["summary"]["best_validation_loss"], abs=2e-5)
+
+
+def test_adapter_loads_with_plain_peft(whole):
+    from peft import PeftModel
+    from dolly_lora.models import device, load_tuned, tiny_model
+    x = torch.arange(3, 40, device=device())[None]
+    plain = PeftModel.from_pretrained(tiny_model().to(device()), whole[0] / "adapter").eval()
+    ours = load_tuned(RECIPE, whole[0])
+    torch.testing.assert_close(plain(x).logits, ours(x).logits, rtol=1e-5, atol=1e-6)
+    with plain.disable_adapter():
+        assert torch.equal(plain(x).logits, tiny_model().to(device()).eval()(x).logits)
+
+
+def test_out_of_memory_shortens_the_rows(tmp_path):
+    real, lines = FusedLlama.step, []
+
+    def step(self, row, *args):
+        if len(row.input_ids) > 600:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, row, *args)
+
+    with patch.object(FusedLlama, "step", step):
+        history = train(replace(RECIPE, max_steps=2), tmp_path, log=lines.append)
+    assert history["summary"]["token_budget"] == 512 and history["summary"]["steps"] == 2
+    again = "out of memory: again from the last checkpoint, "
+    assert [line for line in lines if "out of memory" in line] == [
+        again + "activations are computed again; still 16 examples a step",
+        again + "rows are cut to 1/2; still 16 examples a step"]
+
+
+def test_out_of_memory_for_good_is_one_line(tmp_path):
+    with patch.object(FusedLlama, "step", side_effect=torch.OutOfMemoryError):
+        with pytest.raises(DollyError, match="out of GPU memory with rows of one example"):
+            train(replace(RECIPE, max_steps=2), tmp_path, log=quiet)
+
+
+def test_one_card_is_used_where_two_are_visible(tmp_path):
+    """Also by what `bench` makes of the arguments; two cards would be DataParallel."""
+    args = training_arguments(RECIPE, tmp_path, resuming=False)
+    of_bench = replace(args, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
+    for a in args, of_bench:
+        a._n_gpu = 2                          # as the library counts them
+        assert a.n_gpu == 1 and a.train_batch_size == RECIPE.batch_size
+
+
+def test_the_card_holds_whatever_the_data_are_called(whole):
+    import yaml
+    odd = 'a: "b"\n---\n# <img src=x onerror=alert(1)> [x](javascript:y) $z$'
+    card = model_card(replace(RECIPE, base=odd, dataset=odd), whole[1])
+    front, body = card.removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(front) == dict(base_model=odd, library_name="peft")
+    assert "<img" not in body and "](javascript" not in body
+    assert "\n---" not in body and body.count("\n# ") == 1
+
+
+def test_peak_memory_in_bytes_on_every_system(monkeypatch):
+    usage = SimpleNamespace(ru_maxrss=3 * 2**20)
+    resource = SimpleNamespace(getrusage=lambda who: usage, RUSAGE_SELF=0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "resource", resource)
+    for platform, unit in ("linux", 1024), ("darwin", 1):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert peak_memory() == usage.ru_maxrss * unit
+    monkeypatch.setitem(sys.modules, "resource", None)     # as on Windows: it cannot be imported
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=12345))
+    monkeypatch.setattr("psutil.Process", lambda: process)
+    assert peak_memory() == 12345
+
+
+def test_no_module_of_ours_imports_resource_when_it_is_loaded():
+    for file in (ROOT / "dolly_lora").rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        imports = [node for node in tree.body if isinstance(node, ast.Import)]
+        assert "resource" not in [name.name for node in imports for name in node.names], file.name
