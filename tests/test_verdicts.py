@@ -133,8 +133,11 @@ def test_every_clause_that_makes_alpaca_unofficial(official_files):
 
 def test_every_clause_that_makes_mt_bench_unofficial(official_files):
     questions, prompts = load_questions("official"), mtbench.load_prompts()
-    rows = [dict(question_id=q["question_id"], model=m, judge=["gpt-4", "single-v1"], score=5, turn=t)
-            for m in "ab" for q in questions for t in (1, 2)]
+    def prompt_name(q, turn):
+        kind = "single-math-v1" if q["category"] in mtbench.NEED_REFERENCE else "single-v1"
+        return kind + "-multi-turn" * (turn == 2)
+    rows = [dict(question_id=q["question_id"], model=m, judge=["gpt-4", prompt_name(q, t)], score=5,
+                 turn=t) for m in "ab" for q in questions for t in (1, 2)]
     why = mtbench.why_unofficial
     assert why(rows, questions, prompts) == ""
     assert why(rows[:-1], questions, prompts) == "79 of 80 questions"
@@ -316,7 +319,7 @@ def test_another_process_s_run_folder_is_not_written_to(tmp_path):
                          stdout=subprocess.PIPE, text=True)
     try:
         assert p.stdout.readline() == "held\n"
-        answer = evaluate.make_answerer(None, None, TINY, run, "tuned_not_trained")
+        answer = evaluate.make_answerer(None, None, TINY, run, "base")
         for write in (lambda: verdicts.judge_answers(a_judge(), TINY, run, RECORDS),
                       lambda: verdicts.keep_verdicts(run, "j", None),
                       lambda: verdicts.keep_judgment(run, None),
