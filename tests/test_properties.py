@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dolly_lora.alpaca import load_instructions, load_reference
 from dolly_lora.cli import read_prompts
-from dolly_lora.config import PRESETS, ConfigError, DollyError, parse_overrides, resolve
+from dolly_lora.config import PRESETS, DollyError, parse_overrides, resolve
 from dolly_lora.figures import escape_text
 from dolly_lora.runs import load_run
 from dolly_lora.data import FIELDS, build_prompt, clean, encode, load_dolly, split
