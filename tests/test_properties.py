@@ -4,7 +4,8 @@ Each property is tried on sixty inputs. For a fuzz on more than 100,000 malforme
 
     DOLLY_LORA_EXAMPLES=20000 pytest tests/test_properties.py
 
-That many examples a property; the last line says how many inputs were refused.
+That many examples a property. Six of them read broken input, and refuse seven of eight; the last
+line counts the refusals of every reader.
 """
 import collections
 import json
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from dolly_lora.alpaca import load_instructions, load_reference
 from dolly_lora.cli import read_prompts
-from dolly_lora.config import PRESETS, ConfigError, DollyError, parse_overrides, resolve
+from dolly_lora.config import PRESETS, DollyError, parse_overrides, resolve
 from dolly_lora.figures import escape_text
 from dolly_lora.runs import load_run
 from dolly_lora.data import FIELDS, build_prompt, clean, encode, load_dolly, split
@@ -40,7 +41,7 @@ def say_how_many_were_refused(request):
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")
     if terminal and EXAMPLES >= 1000:
         counts = ", ".join(f"{name} {n:,}" for name, n in REFUSED.items())
-        terminal.write_line(f"\n{REFUSED.total():,} malformed inputs were refused: {counts}")
+        terminal.write_line(f"\n{REFUSED.total():,} refusals of malformed input: {counts}")
 
 
 WORDS = ["### Response:\n", "### Instruction:\n", "### Context:\n", "</s>", "<s>", "\u2028", "\x0c",
