@@ -20,6 +20,7 @@ def open_chat(
 ) -> Chat: # with base and adapter loaded once
     "A conversation with a run's model."
     recipe = load_run(run_dir)
-    about = dict(model=recipe.base, revision=recipe.revision, adapter=short_path(run_dir / "adapter"))
+    adapter = short_path(run_dir / "adapter")
+    about = dict(model=recipe.base, revision=recipe.revision, adapter=adapter)
     settings = dict(max_new_tokens=recipe.max_new_tokens, about=about) | settings
     return Chat(load_tuned(recipe, run_dir), load_tokenizer(recipe), **settings)

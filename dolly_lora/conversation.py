@@ -25,10 +25,10 @@ __all__ = ['fit_prompt', 'Turn', 'sampling_processors', 'AnswerThread', 'stream_
 def fit_prompt(
     tokenizer,                       # of the model
     history: list[tuple[str, str]],  # earlier (question, answer) pairs
-    text: str,                       # the new question
+    text: str,                       # the new question; `DollyError` when it is too long by itself
     room: int,                       # tokens the prompt may have
     system: str = "",                # said before the first question that is sent
-) -> tuple[str, int]: # the prompt, and how many of the oldest pairs are left out; `DollyError` if `text` is too long
+) -> tuple[str, int]: # the prompt, and how many of the oldest pairs are left out
     "The prompt of a conversation, with as much of its history as there is room for."
     wish = f"{system.strip()}\n\n" if system.strip() else ""
     for cut in range(len(history) + 1):
@@ -77,7 +77,7 @@ def sampling_processors(
     prompt: str,    # the whole prompt
     settings: dict, # of a `Turn`
     device,         # the model's
-) -> LogitsProcessorList | None: # for `model.generate` with `do_sample=False`; none are needed at temperature 0
+) -> LogitsProcessorList | None: # for `model.generate(do_sample=False)`; None at temperature 0
     "What `generate` does to the scores, so that it draws the tokens that 03a_generate would draw."
     if not settings["temperature"] > 0:
         return None
@@ -159,7 +159,7 @@ def stream_answer(
     model,                 # PeftModel, or a base model
     tokenizer,             # its tokenizer
     prompt: str,           # from `fit_prompt`
-    turn: Turn,            # says who answers and how; its answer, tokens and seconds are kept up to date
+    turn: Turn,            # says who answers and how; answer, ids and seconds are filled in
     stop: threading.Event, # once set, the answer ends
 ) -> Iterator[str]: # the growing answer, first an empty one; what the model raises is raised here
     "Generate an answer, and hand on its text as it comes."
@@ -223,9 +223,9 @@ class Chat:
         max_tokens: int = 2048,    # prompt and answer together; older turns are left out beyond it
         system: str = "",          # a wish for the whole conversation
         temperature: float = 0.0,  # 0: the most likely token every time
-        top_p: float = 1.0,        # above temperature 0: draw from the likeliest tokens that have it together
+        top_p: float = 1.0,        # share of probability to draw from, likeliest tokens first
         seed: int = 42,            # of the drawing
-        about: dict | None = None, # model, revision, adapter: what a saved conversation says of its origin
+        about: dict | None = None, # model, revision, adapter: for a saved conversation
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -281,7 +281,7 @@ class Chat:
         self._stop.set()
 
     def regenerate(self) -> Iterator[str]: # the growing answer
-        "Answer the last question again with the next seed (at temperature 0 it is the same answer)."
+        "Answer the last question again with the next seed (at temperature 0: the same answer)."
         seed = self.last.settings["seed"] + 1
         pieces = self._answer(self.last.question, self.which, len(self.history) - 1, seed)
         return (answer for _, answer in pieces)
@@ -317,7 +317,8 @@ class Chat:
         elif path.suffix == ".md":
             write_text(path, turns_markdown(self.history, self.about))
         else:
-            raise DollyError(f"cannot save as {path.name!r}: give a name that ends in .jsonl or .md")
+            raise DollyError(f"cannot save as {path.name!r}: "
+                             f"give a name that ends in .jsonl or .md")
         return path
 
     def _check_idle(self):
@@ -344,7 +345,7 @@ class Chat:
 
     def _generate_turn(self, prompt, turns, keep, stop):
         "Yield (who, growing answer); the last of `turns` that has begun goes into the history."
-        if not self._busy.acquire(blocking=False):  # two were prepared, and the other was read first
+        if not self._busy.acquire(blocking=False):  # another one, prepared too, is being read
             raise DollyError("an answer is being written: stop it first")
         replaced = self.history[keep:]
         del self.history[keep:]

@@ -14,7 +14,7 @@ from dolly_lora.sources import (
     strip_citations)
 
 # %% auto #0
-__all__ = ['normalise', 'clean', 'place', 'split', 'build_prompt', 'build_conversation', 'encode_all', 'encode', 'encode_split',
+__all__ = ['normalise', 'clean', 'split', 'build_prompt', 'build_conversation', 'encode_all', 'encode', 'encode_split',
            'write_splits', 'prepare_data']
 
 # %% ../nbs/01_data.ipynb #a30f119c
@@ -52,23 +52,19 @@ def clean(
     return list(kept.values()), count | {"kept": len(kept)}
 
 # %% ../nbs/01_data.ipynb #4283fe3a
-def place(
-    row: dict, # a record
-    seed: int, # of the split
-) -> str: # hexadecimal digits; equal for records of one passage
-    "Where a record stands in line: as good as random, and always the same."
-    passage = normalise(row["context"] or row["instruction"])
-    return hashlib.sha256(f"{seed}\0{passage}".encode()).hexdigest()
-
 def split(
     records: list[dict], # cleaned
     recipe: Recipe,      # `seed`, `val_fraction`, `test_fraction`
 ) -> dict[str, list[dict]]: # train, val and test
     "Stratify by category, keep records of one passage together, depend on text and seed alone."
+    def place(row):  # in line: as good as random, always the same, and equal for one passage
+        passage = normalise(row["context"] or row["instruction"])
+        return hashlib.sha256(f"{recipe.seed}\0{passage}".encode()).hexdigest()
+
     category_of = {}                           # place -> category
     lines = collections.defaultdict(dict)      # category -> place -> records
     for row in sorted(records, key=lambda r: [r[f] for f in FIELDS]):
-        where = place(row, recipe.seed)
+        where = place(row)
         # a passage with questions of two categories counts for that of its first record
         category = category_of.setdefault(where, row["category"])
         lines[category].setdefault(where, []).append(row)
@@ -85,7 +81,7 @@ def split(
             done += len(rows)
 
     def order(row):
-        return place(row, recipe.seed), row["instruction"], row["response"]
+        return place(row), row["instruction"], row["response"]
     return {name: sorted(rows, key=order) for name, rows in parts.items()}
 
 # %% ../nbs/01_data.ipynb #2d4eb689
@@ -183,6 +179,7 @@ def write_splits(
                     splits={name: len(part) for name, part in parts.items()},
                     categories=categories, files_sha256=files))
 
+# %% ../nbs/01_data.ipynb #e951187c
 def prepare_data(
     recipe: Recipe, # which data, which split
     run_dir: Path,  # files go to RUN_DIR/data

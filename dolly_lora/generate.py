@@ -17,7 +17,7 @@ from .data import build_conversation, build_prompt
 from .engine.blocks import fits_llama, is_llama
 from .engine.decoder import choose, decode_all, uniform_draws
 from .files import file_sha256, JsonlCache
-from .models import base_model, weights_fingerprint  # noqa: F401 (03_eval and 03b import it from here)
+from .models import base_model, weights_fingerprint
 from .runs import hold_run
 
 # %% auto #0
@@ -246,7 +246,8 @@ def provenance(
 ) -> dict: # part of every answer's key
     "What answers depend on, besides prompt and decoding."
     adapter = Path(run_dir) / "adapter" / "adapter_model.safetensors"
-    return dict(model=recipe.base, weights=weights_fingerprint(recipe), load_in_4bit=recipe.load_in_4bit,
+    return dict(model=recipe.base, weights=weights_fingerprint(recipe),
+                load_in_4bit=recipe.load_in_4bit,
                 adapter=file_sha256(adapter)[:16] if name == "tuned" else None)
 
 def make_answerer(
@@ -259,8 +260,10 @@ def make_answerer(
     "How a contender answers in this run: each prompt once."
     path, made_by = Path(run_dir) / "answers" / f"{name}.jsonl", provenance(recipe, run_dir, name)
     def answer(prompts, temperatures=0.0, max_new_tokens=recipe.benchmark_tokens):
-        adapter = contextlib.nullcontext() if name == "tuned" else model.disable_adapter()
-        with hold_run(run_dir), adapter:
-            return generate(model, tokenizer, prompts, max_new_tokens, recipe.generation_batch_size,
-                            temperatures, recipe.seed, log, JsonlCache(path), made_by)
+        with hold_run(run_dir):
+            adapter = contextlib.nullcontext() if name == "tuned" else model.disable_adapter()
+            with adapter:
+                return generate(model, tokenizer, prompts, max_new_tokens,
+                                recipe.generation_batch_size, temperatures, recipe.seed, log,
+                                JsonlCache(path), made_by)
     return answer

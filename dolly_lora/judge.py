@@ -16,222 +16,293 @@ from .config import DollyError, Recipe, redact
 from .engine.blocks import is_llama
 from .files import file_sha256, JsonlCache, publish
 from .generate import weights_fingerprint
-from .models import base_model
+from .models import base_model, load_base, load_tokenizer, locate_base, explain_unreadable
 
 # %% auto #0
-__all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'ask', 'JudgeError', 'EndpointJudge', 'LocalJudge', 'judge_name',
-           'judge_origin', 'make_judge', 'check_judge', 'estimate', 'fetch']
+__all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'reply_key', 'kept_reply', 'ask', 'JudgeError', 'endpoint_address',
+           'api_key', 'read_reply', 'EndpointJudge', 'choice_logprobs', 'next_token_logprobs', 'LocalJudge', 'is_local',
+           'judge_recipe', 'judge_name', 'judge_origin', 'make_judge', 'check_weight_files', 'check_hub_weights',
+           'check_judge', 'estimate', 'fetch']
 
 # %% ../nbs/03b_judge.ipynb #03b005
 @dataclass(frozen=True)
 class Question:
     "What a judge is asked."
-    messages: tuple            # of (role, text); role: system, user or assistant
-    choices: tuple[str, ...] = () # the possible answers; (): a free reply
-    # before a choice ("Rating: [["): a local model goes on from it, an endpoint does not see it
+    messages: tuple[tuple[str, str], ...] # (role, text); a role is system, user or assistant
+    choices: tuple[str, ...] = ()         # the possible answers; (): a free reply
+    # what the reply begins with ("Rating: [["); an endpoint does not see it
     lead: str = ""
-    max_tokens: int = 1        # of the reply
+    max_tokens: int = 1                   # of the reply
 
 @dataclass
 class Reply:
-    "What a judge said, or why it did not."
+    "What a judge said, or why it said nothing."
     text: str = ""                           # the reply
-    # natural logarithm of the probability of each choice that the judge told
-    logprobs: dict[str, float] | None = None
-    error: str = ""                          # not empty: there is no reply
+    logprobs: dict[str, float] | None = None # choice -> natural logarithm of its probability
+    error: str = ""                          # why there is no reply; empty when there is one
+
+    def is_empty(self) -> bool:
+        "Is there neither a text nor a log-probability?"
+        return not self.text.strip() and not self.logprobs
 
 class Judge(Protocol):
     "Whoever answers questions."
     name: str      # stands in every judgment
     official: bool # is it asked with the benchmarks' own prompts?
-    origin: dict   # what its replies depend on besides the name: `endpoint` (its address) or `weights`
-    def __call__(self, questions: list[Question]) -> Iterator[tuple[int, Reply]]: ... # (number, reply)
+    origin: dict   # what its replies depend on besides the name: its `endpoint` or its `weights`
+
+    def __call__(self, questions: list[Question]) -> Iterator[tuple[int, Reply]]:
+        "Yield the number of a question and the reply to it, for every question."
 
 # %% ../nbs/03b_judge.ipynb #03b007
 class Scripted:
     "A judge that is a function: deterministic, for tests and demonstrations."
     def __init__(self,
-        answer: Callable[[Question], Reply],
-        official: bool = False, # be asked with the benchmarks' own prompts
-    ): self.answer, self.official, self.name, self.origin = answer, official, "scripted", {}
-    def __call__(self, questions): yield from ((i, self.answer(q)) for i, q in enumerate(questions))
+        answer: Callable[[Question], Reply], # the function
+        official: bool = False, # is it asked with the benchmarks' own prompts?
+    ):
+        self.answer = answer
+        self.official = official
+        self.name = "scripted"
+        self.origin = {}
+
+    def __call__(self, questions: list[Question]) -> Iterator[tuple[int, Reply]]:
+        "Answer the questions in their order."
+        for number, question in enumerate(questions):
+            yield number, self.answer(question)
+
+# %% ../nbs/03b_judge.ipynb #03b01011
+def reply_key(
+    judge: Judge,       # its `name` and `origin`
+    question: Question, # as it is asked
+) -> str: # 32 hexadecimal digits
+    "The name under which a judge's reply to a question is kept."
+    asked = [judge.name, judge.origin,
+             question.messages, question.choices, question.lead, question.max_tokens]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+
+def kept_reply(
+    cache: JsonlCache, # of replies
+    key: str,          # from `reply_key`
+) -> Reply | None: # None when there is none, or none that can be used
+    "Read a reply from the file; a row without a usable reply is treated as if it was not there."
+    if key not in cache: return None
+    text, logprobs = cache[key].get("text"), cache[key].get("logprobs")
+    if not isinstance(text, str) or not isinstance(logprobs or {}, dict): return None
+    if not all(isinstance(v, (int, float)) for v in (logprobs or {}).values()): return None
+    reply = Reply(text, logprobs)
+    return None if cache[key].get("error") or reply.is_empty() else reply
 
 # %% ../nbs/03b_judge.ipynb #03b010
 def ask(
     judge: Judge,
     questions: list[Question],
     path: Path,             # JSON lines: replies are read from here and added to it
-    log=lambda line: None,  # gets a line now and then
+    log=lambda line: None,  # gets a line every ten seconds and at the end
 ) -> list[Reply]: # in the order of the questions; one with `error` where there is none
-    "Every question once."
-    rows, keys, failed, shown = JsonlCache(path), [_key(judge, q) for q in questions], {}, time.time()
-    known = {k: reply for k in keys if k in rows and (reply := _kept(rows[k]))}
-    numbers = reversed(list(enumerate(keys)))  # so that the first of equal questions stays
-    todo = list({k: i for i, k in numbers if k not in known}.values())[::-1]
-    before = len(known)
-    for done, (j, reply) in enumerate(judge([questions[i] for i in todo]), 1):
-        key = keys[todo[j]]
-        if not reply.error and _is_empty(reply): reply = Reply(error="an empty reply")
-        if reply.error: failed[key] = Reply(error=redact(reply.error))
+    "Ask what is not answered yet, and return a reply to every question."
+    cache = JsonlCache(path)
+    keys = [reply_key(judge, q) for q in questions]
+    known, unanswered = {}, {}
+    for key, question in zip(keys, questions):
+        if reply := kept_reply(cache, key): known[key] = reply
+        else: unanswered.setdefault(key, question)  # equal questions are asked once
+    kept, failed = len(known), {}
+    new_keys = list(unanswered)
+    last_line = time.time()
+    for done, (number, reply) in enumerate(judge(list(unanswered.values())), 1):
+        key = new_keys[number]
+        if not reply.error and reply.is_empty():
+            reply = Reply(error="an empty reply")
+        if reply.error:
+            failed[key] = Reply(error=redact(reply.error))
         else:
             known[key] = replace(reply, text=redact(reply.text))
-            rows.add(key, dict(judge=judge.name) | asdict(known[key]))
-        if time.time() - shown > 10:
-            shown = time.time()
-            log(f"{done:,} of {len(todo):,} questions answered by {judge.name}")
-    if todo: log(_asked(judge.name, len(known) - before, before, list(failed.values())))
-    return [known[k] if k in known else failed[k] for k in keys]
-
-# %% ../nbs/03b_judge.ipynb #03b01011
-def _key(judge, q):
-    asked = [judge.name, judge.origin, q.messages, q.choices, q.lead, q.max_tokens]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
-
-def _is_empty(reply): return not reply.text.strip() and not reply.logprobs
-
-def _kept(row): # a Reply from its row; None for one that is to be asked again
-    text, logprobs = row.get("text"), row.get("logprobs") or {}
-    if not isinstance(text, str) or not isinstance(logprobs, dict): return None
-    if not all(isinstance(v, (int, float)) for v in logprobs.values()): return None
-    reply = Reply(text, row.get("logprobs"))
-    return None if row.get("error") or _is_empty(reply) else reply
-
-def _asked(name, new, before, failed): # a line for the log
-    line = f"{name}: {new:,} replies, {before:,} kept from before"
-    if not failed: return line
-    return f"{line}, {len(failed):,} errors ({failed[0].error}): run again to ask those once more"
+            cache.add(key, dict(judge=judge.name) | asdict(known[key]))
+        if time.time() - last_line > 10:
+            last_line = time.time()
+            log(f"{done:,} of {len(new_keys):,} questions answered by {judge.name}")
+    if unanswered:
+        line = f"{judge.name}: {len(known) - kept:,} replies, {kept:,} kept from before"
+        if failed:
+            line += (f", {len(failed):,} errors ({next(iter(failed.values())).error}): "
+                     f"run again to ask those once more")
+        log(line)
+    return [known[key] if key in known else failed[key] for key in keys]
 
 # %% ../nbs/03b_judge.ipynb #03b013
 class JudgeError(DollyError):
     "A judge that cannot be had."
 
-def _told(response): # what a server said, without the secret it was sent
-    text = response.text[:10_000]
-    with contextlib.suppress(RuntimeError):  # a response without a request
-        sent = response.request.headers.get("authorization", "").rpartition(" ")[2]
-        if sent: text = text.replace(sent, "***")
-    return repr(redact(text)[:120])
-
-def _read_reply(q, response, served): # an httpx.Response to a Reply; `served`: has the endpoint ever answered?
-    status = response.status_code
-    if status == 401 or status in (403, 404) and not served:
-        return Reply(error=f"fatal: HTTP {status}: {_told(response)}")
-    if status == 429 or status >= 500: return Reply(error=f"HTTP {status}: {_told(response)}")
-    if status != 200: return Reply(error=f"refused: HTTP {status}: {_told(response)}")
-    choice = response.json()["choices"][0]
-    text = choice["message"]["content"] or ""
-    top = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs")
-    if not isinstance(text, str): raise TypeError("the reply's content is not a text")
-    said = Reply(text)
-    if top and q.choices:
-        said.logprobs = {t["token"]: float(t["logprob"]) for t in top if t["token"] in q.choices}
-    return Reply(error="an empty reply") if _is_empty(said) else said
-
-# %% ../nbs/03b_judge.ipynb #i1111632
-def _body(judge, q): # of a request
-    body = dict(model=judge.name, messages=[dict(role=r, content=t) for r, t in q.messages],
-                temperature=0, max_tokens=q.max_tokens)
-    return body | (dict(logprobs=True, top_logprobs=5) if q.choices else {})
-
-def _post(judge, q): # one try: a Reply, and the seconds that the server asks us to wait, or None
-    try:
-        response = judge.client.post(f"{judge.url}/chat/completions", json=_body(judge, q))
-        reply, after = _read_reply(q, response, judge.served), response.headers.get("retry-after", "")
-    except (httpx.HTTPError, httpx.InvalidURL, RecursionError, ValueError, KeyError, IndexError,
-            TypeError, AttributeError, OverflowError) as e:
-        return Reply(error=redact(f"{type(e).__name__}: {e}")[:200]), None
-    return reply, float(after) if after.isascii() and after.isdigit() else None
-
-# %% ../nbs/03b_judge.ipynb #86109a80
-def _try(judge, q): # a Reply; None once the judge is over
-    for n in range(judge.tries):
-        if judge.over.is_set(): return None
-        reply, after = _post(judge, q)
-        if not reply.error: judge.lost, judge.served = 0, True; return reply
-        if reply.error.startswith("refused"): return reply
-        if reply.error.startswith("fatal"):
-            status, told = reply.error.removeprefix("fatal: HTTP ").split(": ", 1)
-            judge.stop(f"{judge.url} says {status} for model {judge.name}: {told}: "
-                       f"check OPENAI_BASE_URL, OPENAI_API_KEY and the model's name")
-            return reply
-        if reply.error == "an empty reply" and n: return reply  # it would say it again
-        if n + 1 < judge.tries:
-            wait = judge.wait * 2**n * (0.5 + random.random())
-            judge.over.wait(min(60.0, wait if after is None else after))
-    judge.lost += 1
-    if judge.lost > judge.workers:
-        judge.stop(f"{judge.url} does not answer ({reply.error}): what was judged is kept; "
-                   f"look at the server and run again")
-    return reply
-
-# %% ../nbs/03b_judge.ipynb #endpoint1
-def _address(): # of the endpoint, without the login in it, and that login (user, password) or None
+def endpoint_address() -> tuple: # the address without a login; the login (user, password) or None
+    "Where the endpoint is, from OPENAI_BASE_URL; `JudgeError` for what is no address."
     text = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
     try: url = httpx.URL(text)
     except (httpx.InvalidURL, ValueError): url = httpx.URL("")
     plain = len(text.split()) == 1 and not url.query and not url.fragment
     if url.scheme not in ("http", "https") or not url.host or not plain:
-        raise JudgeError("OPENAI_BASE_URL is not the address of a server: write it as https://HOST/v1")
+        raise JudgeError("OPENAI_BASE_URL is not the address of a server: "
+                         "write it as https://HOST/v1")
     login = (url.username, url.password) if url.userinfo else None
     return str(url.copy_with(userinfo=b"")).rstrip("/"), login
 
-def _api_key(): # `JudgeError` for one that cannot be sent; it is not shown
+def api_key() -> str: # empty when there is none
+    "The key, from OPENAI_API_KEY; `JudgeError` for one that cannot be sent, without showing it."
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise JudgeError("OPENAI_API_KEY has a space, a control character or a letter that no key has: "
-                         "copy it again")
+        raise JudgeError("OPENAI_API_KEY has a space, a control character or a letter "
+                         "that no key has: copy it again")
     return key
+
+# %% ../nbs/03b_judge.ipynb #7b1f0a07
+def read_reply(
+    question: Question,
+    response: httpx.Response,
+    served: bool, # has the endpoint ever answered?
+) -> Reply: # an error begins with `fatal`, `refused` or the status
+    "What a server's response says; a response of another shape raises what Python raises."
+    status = response.status_code
+    if status != 200:
+        text = response.text[:10_000]
+        with contextlib.suppress(RuntimeError):  # a response without a request
+            secret = response.request.headers.get("authorization", "").rpartition(" ")[2]
+            if secret: text = text.replace(secret, "***")
+        problem = f"HTTP {status}: {redact(text)[:120]!r}"
+        if status == 401 or status in (403, 404) and not served:
+            return Reply(error=f"fatal: {problem}")
+        passing = status == 429 or status >= 500
+        return Reply(error=problem if passing else f"refused: {problem}")
+    choice = response.json()["choices"][0]
+    text = choice["message"]["content"] or ""
+    if not isinstance(text, str): raise TypeError("the reply's content is not a text")
+    reply = Reply(text)
+    tokens = (choice.get("logprobs") or {}).get("content") or [{}]
+    top = tokens[0].get("top_logprobs")
+    if top and question.choices:
+        reply.logprobs = {t["token"]: float(t["logprob"]) for t in top
+                          if t["token"] in question.choices}
+    return Reply(error="an empty reply") if reply.is_empty() else reply
 
 # %% ../nbs/03b_judge.ipynb #i3194549
 class EndpointJudge:
     "A model behind an OpenAI-compatible endpoint."
     def __init__(self,
-        model: str,           # as the endpoint names it; `JudgeError` for a missing key or a bad address
+        model: str,           # as the endpoint names it; `JudgeError` without a key or an address
         workers: int = 8,     # questions at a time
         timeout: float = 120, # seconds for a reply
         tries: int = 6,       # for a question
         wait: float = 1.0,    # seconds before the second try; doubles
     ):
-        self.name, self.official, self.workers, self.tries, self.wait = model, True, workers, tries, wait
-        (self.url, login), key = _address(), _api_key()
+        self.name, self.official = model, True
+        self.workers, self.tries, self.wait = workers, tries, wait
+        self.url, login = endpoint_address()
         self.origin = dict(endpoint=self.url)
+        key = api_key()
         if not key and not login and httpx.URL(self.url).host == "api.openai.com":
             raise JudgeError(f"judge {model}: OPENAI_API_KEY is not set: set it, "
                              f"or OPENAI_BASE_URL to a server of your own, or take judge=local")
-        self.client = httpx.Client(timeout=timeout, auth=login, limits=httpx.Limits(max_connections=workers),
+        self.client = httpx.Client(timeout=timeout, auth=login,
+                                   limits=httpx.Limits(max_connections=workers),
                                    headers={"Authorization": f"Bearer {key}"} if key else {})
 
-    def stop(self, problem: str): self.problem = problem; self.over.set() # ask no more
-
-    def __call__(self, questions):
-        self.over, self.problem, self.served, self.lost = threading.Event(), "", False, 0
+    def __call__(self, questions: list[Question]) -> Iterator[tuple[int, Reply]]:
+        "Yield replies as they come; `JudgeError` at the end when the judge had to stop."
+        self.over = threading.Event()  # set: ask no more
+        self.problem = ""
+        self.served = False            # has it ever answered?
+        self.lost = 0                  # questions in a row that used up their tries
         pool = ThreadPoolExecutor(self.workers)
-        numbers = {pool.submit(_try, self, q): i for i, q in enumerate(questions)}
-        try: yield from ((numbers[f], f.result()) for f in as_completed(numbers) if f.result())
-        finally: self.over.set(); pool.shutdown(wait=False, cancel_futures=True)
+        numbers = {pool.submit(self.answer, q): n for n, q in enumerate(questions)}
+        try:
+            for future in as_completed(numbers):
+                if reply := future.result(): yield numbers[future], reply
+        finally:
+            self.over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
         if self.problem: raise JudgeError(self.problem)
 
-# %% ../nbs/03b_judge.ipynb #03b018
-def _prompt_ids(tokenizer, q): # the question as the model reads it, its lead at the end
-    chat = [dict(role=r, content=t) for r, t in q.messages]
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    else: text = "\n\n".join(t for _, t in q.messages) + "\n\n"
-    return tuple(tokenizer(text + q.lead, add_special_tokens=not tokenizer.chat_template).input_ids)
+    def answer(self, question: Question) -> Reply | None:
+        "Ask until there is a reply or no hope; None when the judge stopped before that."
+        for n in range(self.tries):
+            if self.over.is_set(): return None
+            reply, after = self.post(question)
+            if not reply.error:
+                self.lost, self.served = 0, True
+                return reply
+            if reply.error.startswith("refused"): return reply
+            if reply.error.startswith("fatal"):
+                status, told = reply.error.removeprefix("fatal: HTTP ").split(": ", 1)
+                self.stop(f"{self.url} says {status} for model {self.name}: {told}: "
+                          f"check OPENAI_BASE_URL, OPENAI_API_KEY and the model's name")
+                return reply
+            if reply.error == "an empty reply" and n: return reply  # it would say it again
+            if n + 1 < self.tries:
+                wait = self.wait * 2**n * (0.5 + random.random())
+                self.over.wait(min(60.0, wait if after is None else after))
+        self.lost += 1
+        if self.lost > self.workers:
+            self.stop(f"{self.url} does not answer ({reply.error}): what was judged is kept; "
+                      f"look at the server and run again")
+        return reply
 
-def _choice_ids(tokenizer, q): # token ids of each choice, as they follow the lead
-    plain = lambda text: tokenizer(text, add_special_tokens=False).input_ids
-    lead = plain(q.lead)
-    return [tuple(ids[len(lead):] if (ids := plain(q.lead + c))[:len(lead)] == lead else plain(c))
-            for c in q.choices]
+    def post(self, question: Question) -> tuple[Reply, float | None]:
+        "Try once; also returns the seconds that the server asks us to wait, if it says so."
+        chat = [dict(role=r, content=t) for r, t in question.messages]
+        body = dict(model=self.name, messages=chat, temperature=0, max_tokens=question.max_tokens)
+        if question.choices: body |= dict(logprobs=True, top_logprobs=5)
+        try:
+            response = self.client.post(f"{self.url}/chat/completions", json=body)
+            reply = read_reply(question, response, self.served)
+        except (httpx.HTTPError, httpx.InvalidURL, RecursionError, ValueError, KeyError,
+                IndexError, TypeError, AttributeError, OverflowError) as e:
+            return Reply(error=redact(f"{type(e).__name__}: {e}")[:200]), None
+        after = response.headers.get("retry-after", "")
+        return reply, float(after) if after.isascii() and after.isdigit() else None
 
-def _choice_logprobs(prompt, choices, ids, at): # `at`: log-probabilities of the token after a context
+    def stop(self, problem: str):
+        "Ask no more, and say why at the end."
+        self.problem = problem
+        self.over.set()
+
+# %% ../nbs/03b_judge.ipynb #7b1f0a08
+def choice_logprobs(
+    prompt: tuple[int, ...],    # token ids of the question
+    choices: tuple[str, ...],   # the possible answers
+    ids: list[tuple[int, ...]], # token ids of each choice
+    after: dict[tuple[int, ...], torch.Tensor], # token ids -> log-probabilities of the next token
+) -> dict[str, float]: # choice -> natural logarithm of its probability
+    "How likely each choice is after the prompt."
     out = {}
     for choice, c in zip(choices, ids):
-        out[choice] = sum(float(at[prompt + c[:k]][t]) for k, t in enumerate(c))
+        out[choice] = sum(float(after[prompt + c[:k]][token]) for k, token in enumerate(c))
         longer = [d for d in ids if len(d) == len(c) + 1 and d[:len(c)] == c]
-        rest = sum(float(at[prompt + c][d[-1]].exp()) for d in longer)  # "1" that goes on to "10" is not a 1
-        if rest: out[choice] += float(torch.log(torch.tensor(max(1e-12, 1 - rest))))
+        goes_on = sum(float(after[prompt + c][d[-1]].exp()) for d in longer)
+        if goes_on: out[choice] += float(torch.log(torch.tensor(max(1e-12, 1 - goes_on))))
+    return out
+
+# %% ../nbs/03b_judge.ipynb #i1728616
+@torch.inference_mode()
+def next_token_logprobs(
+    model,                          # a causal language model
+    contexts: set[tuple[int, ...]], # token ids
+    tokens: int,                    # in a forward pass, padding included
+) -> dict[tuple[int, ...], torch.Tensor]: # context -> [vocabulary], float32, on the CPU
+    "Log-probabilities of the token after each context."
+    out = {}
+    waiting = sorted(contexts, key=len)
+    while waiting:
+        n = 1
+        while n < len(waiting) and (n + 1) * len(waiting[n]) <= tokens: n += 1
+        batch, waiting = waiting[:n], waiting[n:]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for c in batch], batch_first=True)
+        ids = ids.to(model.device)
+        last = (range(n), [len(c) - 1 for c in batch])
+        if is_llama(model):
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            logits = model.lm_head(hidden[last])
+        else:
+            logits = model(input_ids=ids, use_cache=False).logits[last]
+        out |= dict(zip(batch, logits.float().log_softmax(-1).cpu()))
     return out
 
 # %% ../nbs/03b_judge.ipynb #i1728622
@@ -244,59 +315,82 @@ class LocalJudge:
         weights: str = "",   # from `weights_fingerprint`
     ):
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
-        self.name, self.official, self.origin = f"local {name}", False, dict(weights=weights)
+        self.name, self.official = f"local {name}", False
+        self.origin = dict(weights=weights)
+        self.limit = getattr(model.config, "max_position_embeddings", None) or 10**9
 
-    def __call__(self, questions):
-        limit = getattr(self.model.config, "max_position_embeddings", 10**9)
+    def __call__(self, questions: list[Question]) -> Iterator[tuple[int, Reply]]:
+        "Answer 64 questions at a time, in their order."
         for start in range(0, len(questions), 64):
-            group = {start + n: (_prompt_ids(self.tokenizer, q), q, _choice_ids(self.tokenizer, q))
-                     for n, q in enumerate(questions[start:start + 64])}
-            long = {i for i, (p, _, _) in group.items() if len(p) + 8 > limit}
-            with getattr(self.model, "disable_adapter", contextlib.nullcontext)():
-                heads = {p + c[:k] for i, (p, _, cs) in group.items() if i not in long
-                         for c in cs for k in range(len(c))}
-                at = _after(base_model(self.model), heads, self.tokens)
-            for i, (p, q, cs) in group.items():
-                yield (i, Reply(error=f"{len(p):,} tokens, and {self.name} reads {limit:,}") if i in long
-                       else Reply(logprobs=_choice_logprobs(p, q.choices, cs, at)))
+            for n, reply in enumerate(self.answer_group(questions[start:start + 64])):
+                yield start + n, reply
 
-# %% ../nbs/03b_judge.ipynb #i1728616
-@torch.inference_mode()
-def _after(base, contexts, tokens): # log-probabilities of the token after each context, on the CPU
-    at, order = {}, sorted(contexts, key=len)
-    while order:
-        n = next((n for n in range(len(order), 1, -1) if n * len(order[n - 1]) <= tokens), 1)
-        chunk, order = order[:n], order[n:]
-        # a causal model does not see what comes after
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for c in chunk],
-                                              batch_first=True).to(base.device)
-        place = (range(n), [len(c) - 1 for c in chunk])
-        # not the whole [rows, tokens, vocabulary]
-        if is_llama(base):
-            logits = base.lm_head(base.model(input_ids=ids, use_cache=False).last_hidden_state[place])
-        else: logits = base(input_ids=ids, use_cache=False).logits[place]
-        at |= dict(zip(chunk, logits.float().log_softmax(-1).cpu()))
-    return at
+    def prompt_ids(self, question: Question) -> tuple[int, ...]:
+        "The question as the model reads it, its lead at the end."
+        templated = bool(self.tokenizer.chat_template)
+        if templated:
+            chat = [dict(role=r, content=t) for r, t in question.messages]
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False,
+                                                      add_generation_prompt=True)
+        else:
+            text = "\n\n".join(t for _, t in question.messages) + "\n\n"
+        text += question.lead
+        return tuple(self.tokenizer(text, add_special_tokens=not templated).input_ids)
+
+    def choice_ids(self, question: Question) -> list[tuple[int, ...]]:
+        "The tokens of each choice, as they follow the lead."
+        def tokens(text): return self.tokenizer(text, add_special_tokens=False).input_ids
+        lead, out = tokens(question.lead), []
+        for choice in question.choices:
+            together = tokens(question.lead + choice)
+            follows = together[:len(lead)] == lead
+            out.append(tuple(together[len(lead):] if follows else tokens(choice)))
+        return out
+
+    def answer_group(self, questions: list[Question]) -> Iterator[Reply]:
+        "A reply to each question; all their contexts go through the model together."
+        prompts = [self.prompt_ids(q) for q in questions]
+        choices = [self.choice_ids(q) for q in questions]
+        fits = [len(prompt) + 8 <= self.limit for prompt in prompts]
+        contexts = set()
+        for prompt, ids, short_enough in zip(prompts, choices, fits):
+            if not short_enough: continue
+            for choice in ids:
+                for k in range(len(choice)): contexts.add(prompt + choice[:k])
+        with getattr(self.model, "disable_adapter", contextlib.nullcontext)():
+            after = next_token_logprobs(base_model(self.model), contexts, self.tokens)
+        for question, prompt, ids, short_enough in zip(questions, prompts, choices, fits):
+            if short_enough:
+                yield Reply(logprobs=choice_logprobs(prompt, question.choices, ids, after))
+            else:
+                yield Reply(error=f"{len(prompt):,} tokens, and {self.name} reads {self.limit:,}")
 
 # %% ../nbs/03b_judge.ipynb #03b022
-def _judging(recipe): # the recipe whose base is the local judge
+def is_local(
+    recipe: Recipe, # its `judge`
+) -> bool: # False: it is behind an endpoint
+    "Does the judge run on this machine?"
+    return recipe.judge.partition(":")[0] == "local"
+
+def judge_recipe(
+    recipe: Recipe, # its `judge`, and the rest
+) -> Recipe: # whose `base` is the local judge
+    "The recipe with which a local judge is loaded."
     name = recipe.judge.partition(":")[2]
     return replace(recipe, base=name, revision="") if name else recipe
-
-def _is_local(recipe): return recipe.judge.partition(":")[0] == "local"
 
 def judge_name(
     recipe: Recipe, # its `judge`, and `base`
 ) -> str: # as it stands in every judgment
     "What a recipe's judge is called."
-    return f"local {_judging(recipe).base}" if _is_local(recipe) else recipe.judge
+    return f"local {judge_recipe(recipe).base}" if is_local(recipe) else recipe.judge
 
 def judge_origin(
     recipe: Recipe, # its `judge`, and `base`; `DollyError` for one that cannot be had
 ) -> dict: # as `Judge.origin`
     "Where a recipe's judge is asked, or which weights it has."
-    if _is_local(recipe): return dict(weights=weights_fingerprint(_judging(recipe)))
-    return dict(endpoint=_address()[0])
+    if is_local(recipe): return dict(weights=weights_fingerprint(judge_recipe(recipe)))
+    return dict(endpoint=endpoint_address()[0])
 
 # %% ../nbs/03b_judge.ipynb #f0864c6c
 def make_judge(
@@ -304,80 +398,118 @@ def make_judge(
     model=None, tokenizer=None,  # of that base, if they are loaded already
 ) -> Judge: # `JudgeError` says why it cannot be had
     "The judge that a recipe names."
-    from dolly_lora.models import load_base, load_tokenizer
-    if not _is_local(recipe): return EndpointJudge(recipe.judge)
-    judging = _judging(recipe)
+    if not is_local(recipe): return EndpointJudge(recipe.judge)
+    judging = judge_recipe(recipe)
     if judging is not recipe or model is None:
         model, tokenizer = load_base(judging), load_tokenizer(judging)
     return LocalJudge(model, tokenizer, judging.base, weights=weights_fingerprint(judging))
 
 # %% ../nbs/03b_judge.ipynb #703d20d3
-def _check_endpoint(judge):
-    question = Question((("user", "Say A."),), ("A", "B"))
-    (_, reply), = judge([question])  # a refused key or name raises here
-    if reply.error:
-        raise JudgeError(f"{judge.url} gives no verdict with model {judge.name} ({reply.error}): "
-                         f"look at the server, or take another judge")
-
-def _check_folder(folder): # of a local judge
+def check_weight_files(
+    folder: Path, # of a model
+    name: str,    # of the judge, for the message; `JudgeError` says what is wrong with it
+):
+    "Find a missing or truncated weight file, or a missing tokenizer, without loading anything."
     from safetensors import SafetensorError, safe_open
     index = folder / "model.safetensors.index.json"
     try:
-        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else []
-        shards = [folder / name for name in shards] or sorted(folder.glob("*.safetensors"))
-        if not shards: raise ValueError("it has no .safetensors file")
-        for path in shards:
-            with safe_open(path, "pt"): pass  # reads the header, and compares it with the size
+        shards = set()
+        if index.exists(): shards = set(json.loads(index.read_text())["weight_map"].values())
+        paths = [folder / shard for shard in shards] or sorted(folder.glob("*.safetensors"))
+        if not paths: raise ValueError("it has no .safetensors file")
+        for path in paths:
+            with safe_open(path, "pt"): pass  # compares the header with the file's size
         if not any(folder.glob("tokenizer*")): raise ValueError("it has no tokenizer")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as e:
-        raise JudgeError(f"{folder} cannot judge ({e}): give a folder that save_pretrained wrote, whole") from None
+        raise JudgeError(f"{name} cannot judge ({e}): "
+                         f"give a folder that save_pretrained wrote, whole") from None
+
+def check_hub_weights(
+    judging: Recipe, # its `base` is a hub id; `JudgeError` without weights that can be read
+):
+    "Read the headers of a hub model's weights; without a network, of those downloaded before."
+    from huggingface_hub import get_safetensors_metadata, snapshot_download
+    from huggingface_hub.errors import (
+        LocalEntryNotFoundError, NotASafetensorsRepoError, SafetensorsParsingError)
+    revision = judging.revision or None
+    try:
+        get_safetensors_metadata(judging.base, revision=revision)
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as e:
+        raise JudgeError(f"{judging.base} cannot judge ({str(e).splitlines()[0]}): "
+                         f"take a model whose weights are in safetensors") from None
+    except (OSError, httpx.HTTPError) as e:  # no network
+        try: folder = snapshot_download(judging.base, revision=revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise JudgeError(f"cannot reach the hub for {judging.base} ({type(e).__name__}): "
+                             f"check the network, or take judge=local") from None
+        check_weight_files(Path(folder), judging.base)
 
 # %% ../nbs/03b_judge.ipynb #c0984286
 def check_judge(
     recipe: Recipe, # its `judge`; `DollyError` says what is wrong with it, in one line
 ):
     "Make sure that the judge can be had: its files, or one small reply from its endpoint."
-    if not _is_local(recipe): _check_endpoint(EndpointJudge(recipe.judge, timeout=20, tries=2)); return
-    judging = _judging(recipe)
-    if judging.base in ("tiny", "random-7b"): return
-    from dolly_lora.models import locate_base
-    where = Path(locate_base(judging))
-    if where.is_dir(): _check_folder(where)
+    from transformers import AutoConfig, AutoModelForCausalLM
+    if not is_local(recipe):
+        judge = EndpointJudge(recipe.judge, timeout=20, tries=2)
+        question = Question((("user", "Say A."),), ("A", "B"))
+        (_, reply), = judge([question])  # a refused key or name raises here
+        if reply.error:
+            raise JudgeError(f"{judge.url} gives no verdict with model {judge.name} "
+                             f"({reply.error}): look at the server, or take another judge")
+        return
+    judging = judge_recipe(recipe)
+    if judging.base not in ("tiny", "random-7b"):  # those two are made on the spot
+        place = locate_base(judging)
+        if Path(place).is_dir(): check_weight_files(Path(place), place)
+        else: check_hub_weights(judging)
+        with explain_unreadable(f"the config of {judging.base}"):
+            config = AutoConfig.from_pretrained(place, revision=judging.revision or None,
+                                                trust_remote_code=False)
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    load_tokenizer(judging)
 
 # %% ../nbs/03b_judge.ipynb #i2252458
-# US$ a million tokens, asked and answered; list prices of 2025
-PRICES = {"gpt-4-1106-preview": (10, 30), "gpt-4-turbo": (10, 30), "gpt-4": (30, 60), "gpt-4o": (2.5, 10),
-          "gpt-4o-mini": (0.15, 0.6)}
+# US$ for a million tokens, asked and answered; list prices of 2025
+PRICES = {
+    "gpt-4-1106-preview": (10, 30),
+    "gpt-4-turbo": (10, 30),
+    "gpt-4": (30, 60),
+    "gpt-4o": (2.5, 10),
+    "gpt-4o-mini": (0.15, 0.6)}
 
 def estimate(
     judge: Judge,
     questions: list[Question],
     path: Path,           # where `ask` would keep the replies
-) -> dict: # calls (still to be made), tokens (asked, about), usd (about; None: no price known; 0 for a local judge)
-    "What `ask` would cost, without asking: four characters count as a token, a free reply as 250 tokens."
-    rows = JsonlCache(path)
-    keys = {_key(judge, q): q for q in questions}
-    todo = [q for k, q in keys.items() if k not in rows or not _kept(rows[k])]
-    asked = sum(len(t) for q in todo for _, t in q.messages) // 4
-    told = sum(1 if q.choices and q.max_tokens == 1 else 250 for q in todo)
+) -> dict: # calls to be made; about how many tokens asked, and usd (None: no price known)
+    "What `ask` would cost; four characters count as a token, a free reply as 250 tokens."
+    cache = JsonlCache(path)
+    by_key = {reply_key(judge, q): q for q in questions}
+    unanswered = [q for key, q in by_key.items() if not kept_reply(cache, key)]
+    asked = sum(len(text) for q in unanswered for _, text in q.messages) // 4
+    answered = sum(1 if q.choices and q.max_tokens == 1 else 250 for q in unanswered)
     price = PRICES.get(judge.name) if judge.official else (0, 0)
-    usd = (asked * price[0] + told * price[1]) / 1e6 if price else None
-    return dict(calls=len(todo), tokens=asked, usd=usd)
+    usd = (asked * price[0] + answered * price[1]) / 1e6 if price else None
+    return dict(calls=len(unanswered), tokens=asked, usd=usd)
 
 # %% ../nbs/03b_judge.ipynb #03b026
 def fetch(
     url: str,
     sha256: str, # of the file, 64 hexadecimal digits
-) -> Path: # in the user's cache; `DollyError` if it cannot be had, or is not the one
+) -> Path: # in the user's cache; `DollyError` if it cannot be had, or is another file
     "A pinned file, downloaded once."
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dolly_lora"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dolly_lora"
     path = cache / f"{sha256[:16]}-{url.rsplit('/', 1)[1]}"
     if path.exists() and file_sha256(path) == sha256: return path
-    try: data = httpx.get(url, follow_redirects=True, timeout=60).raise_for_status().content
+    try:
+        data = httpx.get(url, follow_redirects=True, timeout=60).raise_for_status().content
     except httpx.HTTPError as e:
         raise DollyError(f"cannot get {url} ({type(e).__name__}): go online, "
                          f"or give the path of a copy") from None
-    if (got := hashlib.sha256(data).hexdigest()) != sha256:
+    got = hashlib.sha256(data).hexdigest()
+    if got != sha256:
         raise DollyError(f"{url} is not the file that was pinned (SHA-256 {got[:16]}…, "
                          f"wanted {sha256[:16]}…): give the path of a copy that you trust")
     with publish(path) as part: part.write_bytes(data)

@@ -476,6 +476,7 @@ def keep_small_weights(
         m.base_layer.weight = torch.nn.Parameter(values, requires_grad=False)
     return model
 
+# %% ../nbs/00a_models.ipynb #0156c68a
 def load_tuned(
     recipe: Recipe, # of the run
     run_dir: Path,  # holds `adapter/`; `ModelError` when it does not

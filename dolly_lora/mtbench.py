@@ -4,7 +4,7 @@
 
 # %% ../nbs/03d_mtbench.ipynb #03d002
 from __future__ import annotations
-import hashlib, itertools, json, lzma, math, re
+import hashlib, itertools, lzma, math, re
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -12,30 +12,35 @@ from .alpaca import content_sha256
 from .config import project_root, sample_path, short_path
 from .data import build_conversation, DataError
 from .figures import figure_text
+from .files import read_jsonl
 from .judge import ask, fetch, Question, Reply
 
 # %% auto #0
-__all__ = ['MTBENCH_TEMPERATURE', 'NEED_REFERENCE', 'PINNED', 'PUBLISHED_JUDGE', 'QUESTIONS_SHA256', 'PROMPTS_SHA256',
-           'QUESTION_CHARACTERS', 'REFERENCE_CHARACTERS', 'PROMPT_CHARACTERS', 'OWN_PROMPTS', 'load_questions',
-           'load_references', 'answer_mtbench', 'load_prompts', 'judge_question', 'rating', 'winner', 'grade',
-           'grade_pairs', 'win_rates', 'score', 'why_unofficial', 'average_interval', 'plot_radar', 'plot_turns']
+__all__ = ['MTBENCH_TEMPERATURE', 'NEED_REFERENCE', 'CATEGORY_OF', 'PINNED', 'PUBLISHED_JUDGE', 'QUESTIONS_SHA256',
+           'PROMPTS_SHA256', 'REFERENCES_SHA256', 'QUESTION_CHARACTERS', 'REFERENCE_CHARACTERS', 'PROMPT_CHARACTERS',
+           'OWN_PROMPTS', 'read_rows', 'load_questions', 'load_references', 'answer_mtbench', 'prompt_name',
+           'load_prompts', 'judge_question', 'choice_shares', 'rating', 'winner', 'grade', 'grade_pairs', 'win_rates',
+           'read_judgments', 'score', 'are_published', 'why_unofficial', 'average_interval', 'plot_radar', 'plot_turns']
 
 # %% ../nbs/03d_mtbench.ipynb #03d005
-MTBENCH_TEMPERATURE = dict(writing=0.7, roleplay=0.7, reasoning=0.0, math=0.0, coding=0.0, extraction=0.0,
-                           stem=0.1, humanities=0.1)
-NEED_REFERENCE = ("math", "reasoning", "coding")  # categories whose judge is shown a reference answer
-_CATEGORY = {81 + 10 * i + j: name for i, name in enumerate(MTBENCH_TEMPERATURE) for j in range(10)}
+MTBENCH_TEMPERATURE = dict(writing=0.7, roleplay=0.7, reasoning=0.0, math=0.0, coding=0.0,
+                           extraction=0.0, stem=0.1, humanities=0.1)
+NEED_REFERENCE = ("math", "reasoning", "coding")  # here the judge is shown a reference answer
+# official question_id -> category, ten of each
+CATEGORY_OF = {81 + n: list(MTBENCH_TEMPERATURE)[n // 10] for n in range(80)}
 
 # %% ../nbs/03d_mtbench.ipynb #03d008
 _FASTCHAT = "https://github.com/lm-sys/FastChat/raw/0e6d3e4bea/fastchat/llm_judge/data"
+_INFLECTION = "https://github.com/InflectionAI/Inflection-Benchmarks/raw/706d0f22e5"
 
 PINNED = dict(  # name -> address and SHA-256
     questions=(f"{_FASTCHAT}/mt_bench/question.jsonl",
                "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7"),
     references=(f"{_FASTCHAT}/mt_bench/reference_answer/gpt-4.jsonl",
                 "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f"),
-    prompts=(f"{_FASTCHAT}/judge_prompts.jsonl", "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6"),
-    corrected=("https://github.com/InflectionAI/Inflection-Benchmarks/raw/706d0f22e5/mt_bench_inf.jsonl",
+    prompts=(f"{_FASTCHAT}/judge_prompts.jsonl",
+             "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6"),
+    corrected=(f"{_INFLECTION}/mt_bench_inf.jsonl",
                "ca66c6bd52168ff38a3e97ffaaf88c8fbb94cac8613d49efe1ca0e1925ac1755"))
 
 def _locate(source, **pinned):
@@ -43,54 +48,69 @@ def _locate(source, **pinned):
     return sample_path("mtbench_sample.jsonl") if source == "sample" else project_root() / source
 
 # %% ../nbs/03d_mtbench.ipynb #03d00819
-def _lines(path, names=""):
+def read_rows(
+    path: Path,    # a .jsonl or .jsonl.xz file; `DataError` names it and the line
+    read,          # called with a line's value; raises what Python raises when it has another shape
+    expected: str, # what a line should hold, for the message
+    names="",      # what could stand in place of a path, for the message
+) -> list: # what `read` returned for each line
+    "Read JSON Lines, or say in which line they are not as they should be."
+    rows = []
     try:
-        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8-sig") as f:
-            return f.read().split("\n")
+        for where, value in read_jsonl(path, DataError):
+            rows.append(_understand(read, value, where, expected))
     except FileNotFoundError:
-        raise DataError(
-            f"no file at {short_path(path)}: give the path of a .jsonl or .jsonl.xz file{names}") from None
-    except (OSError, UnicodeDecodeError, lzma.LZMAError, EOFError):
+        raise DataError(f"no file at {short_path(path)}: "
+                        f"give the path of a .jsonl or .jsonl.xz file{names}") from None
+    except (OSError, lzma.LZMAError, EOFError):
         raise DataError(f"{path.name} cannot be read: save it as UTF-8, "
                         f"plain or compressed by xz") from None
-
-def _rows(items, read, name, expected):
-    rows = []
-    for n, item in enumerate(items, 1):
-        if isinstance(item, str) and not item.strip(): continue
-        try: rows.append(read(json.loads(item) if isinstance(item, str) else item))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-            raise DataError(f"{name} line {n}: expected {expected}") from None
     return rows
 
+def _understand(read, value, where, expected):
+    try: return read(value)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise DataError(f"{where}: expected {expected}") from None
+
 # %% ../nbs/03d_mtbench.ipynb #03d011
+def _question_id(row):
+    number = row["question_id"]
+    if not isinstance(number, int) or isinstance(number, bool): raise TypeError("not a number")
+    return number
+
 def _two(turns):
     if not isinstance(turns, list) or len(turns) != 2: raise ValueError("a question has two turns")
     texts = [str(t) for t in turns]
     for text in texts: text.encode()  # a ValueError for half a character (a lone surrogate)
     return texts
 
+def _question(row):
+    category = row["category"]
+    if not isinstance(category, str) or not category.strip(): raise ValueError("no category")
+    category.encode()
+    return dict(question_id=_question_id(row), category=category, turns=_two(row["turns"]))
+
 def load_questions(
     source: str = "sample", # `sample` (eight of this course's own), `official` or a path (.jsonl)
 ) -> list[dict]: # question_id, category, turns (two texts); `DataError` names file and line
     "MT-Bench's questions, in their order."
-    path = _locate(source, official="questions")
-    read = lambda q: dict(question_id=q["question_id"], category=q["category"], turns=_two(q["turns"]))
-    return _rows(_lines(path, ", `sample` or `official`"), read, path.name,
-                 "an object with question_id, category and two turns")
+    return read_rows(_locate(source, official="questions"), _question,
+                     "an object with question_id (a number), category (a text) and two turns",
+                     ", `sample` or `official`")
 
 # %% ../nbs/03d_mtbench.ipynb #03d014
 def _reference(row):
     turns = row["choices"][0]["turns"] if "choices" in row else row.get("reference")
-    return row["question_id"], row.get("turns"), _two(turns) if turns else None
+    return _question_id(row), row.get("turns"), _two(turns) if turns else None
 
 def load_references(
     source: str = "corrected", # `corrected`, `official` (GPT-4's), `sample` or a path
-) -> dict[int, list[str]]: # question_id -> references of both turns, "" where there is none; `DataError` names the line
-    "What a judge is shown as right."
+) -> dict[int, list[str]]: # question_id -> references of both turns, "" where there is none
+    "What a judge is shown as right; `DataError` names file and line."
     def read(path):
-        return _rows(_lines(path, ", `corrected`, `official` or `sample`"), _reference, path.name,
-                     "an object with question_id and `choices` or a `reference` of two turns")
+        return read_rows(path, _reference,
+                         "an object with question_id and `choices` or a `reference` of two turns",
+                         ", `corrected`, `official` or `sample`")
     found = read(_locate(source, official="references", corrected="corrected"))
     if source == "corrected":  # a reworded question's reference is not the asked question's
         asked = {i: (turns, reference) for i, turns, reference in read(fetch(*PINNED["questions"]))}
@@ -100,80 +120,95 @@ def load_references(
 
 # %% ../nbs/03d_mtbench.ipynb #03d018
 def answer_mtbench(
-    generate,              # called with prompts and a temperature for each; returns an `Answer` for each
+    generate,              # called with prompts and temperatures; returns an `Answer` for each
     questions: list[dict], # from `load_questions`
     model_id: str,         # the name the official tools will show
     eos_token: str,        # the tokenizer's end token, as text; stands after an earlier answer
-    build=None,            # called with an instruction and `turns`, gives the prompt; default: `build_conversation`
+    build=None,            # called with an instruction and `turns`, gives the prompt; default: the course's
 ) -> dict: # `rows` in the official format, and the share `finished` in percent
     "Answer both turns of every question, the second on the model's own first."
-    first, answered = [q["turns"][0] for q in questions], []
-    # 0.7 for others, as in FastChat
+    # 0.7 for other categories, as in FastChat
     temperatures = [MTBENCH_TEMPERATURE.get(q["category"], 0.7) for q in questions]
-    build = build or (lambda instruction, turns: build_conversation(turns, instruction, eos_token))
-    for turn in 0, 1:
-        history = [[(q, a.text)] for q, a in zip(first, answered[0])] if turn else [[] for _ in questions]
-        answered.append(generate([build(q["turns"][turn], turns=h)
-                                  for h, q in zip(history, questions)], temperatures))
-    answer_id = lambda q: hashlib.sha256(f"{model_id} {q['question_id']}".encode()).hexdigest()[:22]
-    rows = [dict(question_id=q["question_id"], answer_id=answer_id(q), model_id=model_id,
-                 choices=[dict(index=0, turns=[a.text, b.text])], tstamp=0)
-            for q, a, b in zip(questions, *answered)]
-    return dict(rows=rows, finished=100 * float(np.mean([a.finished for turn in answered for a in turn])))
+    def course_prompt(instruction, turns): return build_conversation(turns, instruction, eos_token)
+    build = build or course_prompt
+    first = generate([build(q["turns"][0], turns=[]) for q in questions], temperatures)
+    prompts = [build(q["turns"][1], turns=[(q["turns"][0], a.text)])
+               for q, a in zip(questions, first)]
+    second = generate(prompts, temperatures)
+    rows = []
+    for q, a, b in zip(questions, first, second):
+        answer_id = hashlib.sha256(f"{model_id} {q['question_id']}".encode()).hexdigest()[:22]
+        rows.append(dict(question_id=q["question_id"], answer_id=answer_id, model_id=model_id,
+                         choices=[dict(index=0, turns=[a.text, b.text])], tstamp=0))
+    return dict(rows=rows, finished=100 * float(np.mean([a.finished for a in [*first, *second]])))
 
 # %% ../nbs/03d_mtbench.ipynb #03d023
-# https://github.com/lm-sys/FastChat, llm_judge/gen_judgment.py: the judge of the published scores
+# the judge of the published scores: https://github.com/lm-sys/FastChat, llm_judge/gen_judgment.py
 PUBLISHED_JUDGE = "gpt-4"
-QUESTIONS_SHA256 = "5c73032a517ff96f0255faa333429d6a7f91a3661a808b8bb6de2e6541ccd8fb" # of question.jsonl's contents
-PROMPTS_SHA256 = "0138ae7bdd851db3d2081885ad8922b7f4ced5ea6e95ccaf6ca8e61c1e108269"   # of judge_prompts.jsonl's
+# of what is in question.jsonl, judge_prompts.jsonl and reference_answer/gpt-4.jsonl
+QUESTIONS_SHA256 = "5c73032a517ff96f0255faa333429d6a7f91a3661a808b8bb6de2e6541ccd8fb"
+PROMPTS_SHA256 = "0138ae7bdd851db3d2081885ad8922b7f4ced5ea6e95ccaf6ca8e61c1e108269"
+REFERENCES_SHA256 = "606194b8a0ba525f9b3dfcc67f330b267ebd820e01ac786fffa5fd14bd98ecea"
+# to estimate a cost without the files
 QUESTION_CHARACTERS = 202   # of an official turn, on average
 REFERENCE_CHARACTERS = 753  # of an official reference answer, on average
-PROMPT_CHARACTERS = {       # of the official prompts, for an estimate without the file
-    "single-v1": 669, "single-v1-multi-turn": 825, "single-math-v1": 795, "single-math-v1-multi-turn": 1045,
-    "pair-v2": 1128, "pair-v2-multi-turn": 1455, "pair-math-v1": 1195, "pair-math-v1-multi-turn": 1593}
+PROMPT_CHARACTERS = {       # of the official prompts
+    "single-v1": 669, "single-v1-multi-turn": 825,
+    "single-math-v1": 795, "single-math-v1-multi-turn": 1045,
+    "pair-v2": 1128, "pair-v2-multi-turn": 1455,
+    "pair-math-v1": 1195, "pair-math-v1-multi-turn": 1593}
 
 # %% ../nbs/03d_mtbench.ipynb #d1caaf51
-def _name(kind, guided, turn): # of a prompt
-    return ((f"{kind}-math-v1" if guided else {"single": "single-v1", "pair": "pair-v2"}[kind])
-            + "-multi-turn" * (turn == 2))
-# answers, with references?, turn
+def prompt_name(
+    kind: str,    # `single` or `pair`
+    guided: bool, # with references?
+    turn: int,    # 1 or 2
+) -> str: # for instance single-math-v1-multi-turn
+    "What FastChat calls the judge's prompt for this."
+    general = dict(single="single-v1", pair="pair-v2")
+    return (f"{kind}-math-v1" if guided else general[kind]) + "-multi-turn" * (turn == 2)
+
 _KINDS = list(itertools.product(("single", "pair"), (False, True), (1, 2)))
+
+def _prompt(row):
+    return row["name"], dict(system_prompt=str(row["system_prompt"]),
+                             prompt_template=str(row["prompt_template"]))
 
 def load_prompts(
     source: str = "official", # `official`, or the path of a judge_prompts.jsonl
-) -> dict[str, dict]: # name -> system_prompt, prompt_template; `DataError` names the line, or what is missing
-    "The official judge prompts."
+) -> dict[str, dict]: # name -> system_prompt, prompt_template
+    "The official judge prompts; `DataError` names the line, or what is missing."
     path = _locate(source, official="prompts")
-    read = lambda p: (p["name"], dict(system_prompt=str(p["system_prompt"]),
-                                      prompt_template=str(p["prompt_template"])))
-    prompts = dict(_rows(_lines(path, " or `official`"), read, path.name,
-                         "an object with name, system_prompt and prompt_template"))
-    missing = [name for kind in _KINDS if (name := _name(*kind)) not in prompts]
+    prompts = dict(read_rows(path, _prompt,
+                             "an object with name, system_prompt and prompt_template",
+                             " or `official`"))
+    missing = [name for kind in _KINDS if (name := prompt_name(*kind)) not in prompts]
     if missing:
-        raise DataError(f"{path.name} has no prompt {missing[0]}: take FastChat's file, or `official`")
+        raise DataError(f"{path.name} has no prompt {missing[0]}: "
+                        f"take FastChat's file, or `official`")
     return prompts
 
 # %% ../nbs/03d_mtbench.ipynb #03d026
 _COUNTS = "Being right and doing what was asked counts; length does not."
 _TASK = dict(
-    single=f"How good is the last answer, from 1 (useless) to 10 (hardly to be bettered)? {_COUNTS} "
-           'Reply in the form "Rating: [[number]]".',
+    single="How good is the last answer, from 1 (useless) to 10 (hardly to be bettered)? "
+           f'{_COUNTS} Reply in the form "Rating: [[number]]".',
     pair=f"Whose last answer is better, A's or B's? {_COUNTS} "
          'Reply in the form "Better: [[letter]]", with C for a tie.')
 _CHOICES = dict(single=tuple(map(str, range(1, 11))), pair=("A", "B", "C"))
 _LEAD = dict(single="Rating: [[", pair="Better: [[")
+_SIDES = dict(single={"": ""}, pair={"_a": " by A", "_b": " by B"})  # a field's ending -> in words
 
 def _own_prompt(kind, guided, turn):
     parts = []
     for t in range(1, turn + 1):
         parts.append(f"Request {t}:\n{{question_{t}}}")
         if guided: parts.append(f"A right answer to request {t}:\n{{ref_answer_{t}}}")
-        parts += [f"Answer {t}{by}:\n{{answer{side}_{t}}}"
-                  for side, by in ({"": ""} if kind == "single" else {"_a": " by A", "_b": " by B"}).items()]
+        parts += [f"Answer {t}{by}:\n{{answer{side}_{t}}}" for side, by in _SIDES[kind].items()]
     return dict(system_prompt="", prompt_template="\n\n".join([*parts, _TASK[kind]]))
 
 # for local judges, in the form of `load_prompts`
-OWN_PROMPTS = {f"dolly-{_name(*kind)}": _own_prompt(*kind) for kind in _KINDS}
+OWN_PROMPTS = {f"dolly-{prompt_name(*kind)}": _own_prompt(*kind) for kind in _KINDS}
 
 # %% ../nbs/03d_mtbench.ipynb #03d028
 def judge_question(
@@ -184,23 +219,29 @@ def judge_question(
     reference: list[str],      # of both turns, or empty
     turn: int,                 # 1, or 2: then the judge sees the first turn, too
 ) -> tuple[str, Question]: # the prompt's name, and what the judge is asked
-    "Choose the prompt and fill it in; without a reference for every turn shown, it is the general prompt."
+    "Choose the prompt and fill it in; the general one without a reference for each turn shown."
     kind = "single" if len(answers) == 1 else "pair"
-    guided = question["category"] in NEED_REFERENCE and len(reference) == 2 and all(reference[:turn])
-    name = ("" if judge.official else "dolly-") + _name(kind, guided, turn)
-    fields = dict(question=question["turns"][0], question_1=question["turns"][0],
-                  question_2=question["turns"][1])
+    guided = (question["category"] in NEED_REFERENCE
+              and len(reference) == 2 and all(reference[:turn]))
+    name = ("" if judge.official else "dolly-") + prompt_name(kind, guided, turn)
+    one, two = question["turns"]
+    fields = dict(question=one, question_1=one, question_2=two)
     if guided: fields |= dict(ref_answer_1=reference[0], ref_answer_2=reference[1])
-    for side, (a, b) in zip(("",) if kind == "single" else ("_a", "_b"), answers):
+    for side, (a, b) in zip(_SIDES[kind], answers):
         fields |= {f"answer{side}": a, f"answer{side}_1": a, f"answer{side}_2": b}
-    system, user = prompts[name]["system_prompt"], prompts[name]["prompt_template"].format(**fields)
-    messages = ((("system", system),) if system else ()) + (("user", user),)
+    system = prompts[name]["system_prompt"]
+    messages = (("user", prompts[name]["prompt_template"].format(**fields)),)
+    if system: messages = (("system", system), *messages)
     if judge.official: return name, Question(messages, max_tokens=2048)
     return name, Question(messages, _CHOICES[kind], _LEAD[kind])
 
 # %% ../nbs/03d_mtbench.ipynb #03d031
-def _shares(logprobs, choices):
-    known = {c: logprobs[c] for c in choices if logprobs and math.isfinite(logprobs.get(c, -math.inf))}
+def choice_shares(
+    logprobs: dict[str, float] | None, # of a `Reply`
+    choices: tuple[str, ...],          # that count
+) -> dict[str, float]: # choice -> share; empty when none was reported
+    "Probabilities of the choices, adding up to 1."
+    known = {c: v for c in choices if math.isfinite(v := (logprobs or {}).get(c, -math.inf))}
     p = {c: math.exp(v - max(known.values())) for c, v in known.items()}
     return {c: v / sum(p.values()) for c, v in p.items()}
 
@@ -209,25 +250,26 @@ def rating(
 ) -> float: # from 1 to 10; −1 if the reply is an error or holds no rating
     "The expected value of the reported choices, or the number a free reply has in brackets."
     if reply.error: return -1
-    if p := _shares(reply.logprobs, _CHOICES["single"]):
-        return sum(int(c) * share for c, share in p.items())
-    found = re.search(r"\[\[(\d+\.?\d*)\]\]", reply.text) or re.search(r"\[(\d+\.?\d*)\]", reply.text)
+    if shares := choice_shares(reply.logprobs, _CHOICES["single"]):
+        return sum(int(c) * share for c, share in shares.items())
+    found = (re.search(r"\[\[(\d+\.?\d*)\]\]", reply.text)
+             or re.search(r"\[(\d+\.?\d*)\]", reply.text))
     value = float(found[1]) if found else -1
-    return (int(value) if value.is_integer() else value) if 1 <= value <= 10 else -1
+    if not 1 <= value <= 10: return -1
+    return int(value) if value.is_integer() else value
 
-# %% ../nbs/03d_mtbench.ipynb #03d033
 def winner(
     reply: Reply, # a judge's, on answers A and B
 ) -> str: # `A`, `B`, `tie`, or `error` if the reply is one or holds no verdict
     "The likeliest choice, or the letter that a free reply has in brackets."
     if reply.error: return "error"
-    p = _shares(reply.logprobs, _CHOICES["pair"])
-    best = ([c for c in p if p[c] == max(p.values())]
-            or [c for c in _CHOICES["pair"] if f"[[{c}]]" in reply.text][:1])
+    shares = choice_shares(reply.logprobs, _CHOICES["pair"])
+    best = [c for c, share in shares.items() if share == max(shares.values())]
+    if not best: best = [c for c in _CHOICES["pair"] if f"[[{c}]]" in reply.text][:1]
     if not best: return "error"
     return "tie" if len(best) > 1 or best == ["C"] else best[0]
 
-# %% ../nbs/03d_mtbench.ipynb #03d036
+# %% ../nbs/03d_mtbench.ipynb #03d03618
 def _by_model(answers, questions):
     found = {}
     for row in answers:
@@ -235,17 +277,17 @@ def _by_model(answers, questions):
     for model, given in found.items():
         for q in questions:
             if len(given.get(q["question_id"], ())) != 2:
-                raise DataError(f"{model} has no answer of two turns to question {q['question_id']}: "
-                                f"answer it, or leave the question out")
+                raise DataError(f"{model} has no answer of two turns to question "
+                                f"{q['question_id']}: answer it, or leave the question out")
     return found
 
-def _material(judge, references, prompts):
+def _defaults(judge, references, prompts):
+    if references is None: references = load_references()
     if not judge.official: prompts = OWN_PROMPTS
-    return (load_references() if references is None else references,
-            load_prompts() if prompts is None else prompts)
+    elif prompts is None: prompts = load_prompts()
+    return references, prompts
 
-# %% ../nbs/03d_mtbench.ipynb #03d03618
-def _consult(judge, asked, read, invalid, path, log):
+def _ask_all(judge, asked, read, invalid, path, log):  # asked: (question, prompt's name, Question)
     bare = sum(q["category"] in NEED_REFERENCE and "math" not in name for q, name, _ in asked)
     if bare:
         log(f"{bare} of {len(asked)} judgments should see a reference and there is none: "
@@ -255,29 +297,40 @@ def _consult(judge, asked, read, invalid, path, log):
     if n := values.count(invalid):
         log(f"{n} of {len(values)} replies are invalid, "
             f"{sum(bool(r.error) for r in replies)} of them errors")
-    odds = lambda r: " ".join(f"{c}:{math.exp(v):.4f}" for c, v in (r.logprobs or {}).items())
-    return [(v, f"$ERROR$ {r.error}" if r.error else r.text or odds(r)) for v, r in zip(values, replies)]
+    return values, [_judgment_text(r) for r in replies]
+
+def _judgment_text(reply):  # for the official files
+    if reply.error: return f"$ERROR$ {reply.error}"
+    told = reply.logprobs or {}
+    return reply.text or " ".join(f"{choice}:{math.exp(v):.4f}" for choice, v in told.items())
 
 # %% ../nbs/03d_mtbench.ipynb #03d037
 def grade(
     judge,                 # from 03b_judge: `name`, `official`
     questions: list[dict], # from `load_questions`
-    answers: list[dict],   # official answer rows, of one model or several; `DataError` if one lacks a question
+    answers: list[dict],   # official answer rows, of one model or several
     path: Path,            # JSONL file of the judge's replies, replayed when it is there
     references: dict[int, list[str]] | None = None, # from `load_references`; default: `corrected`
-    prompts: dict[str, dict] | None = None,         # from `load_prompts`, for an official judge; default: `official`
+    prompts: dict[str, dict] | None = None, # of an official judge; default: `load_prompts()`
     log=print,             # gets what went wrong, in numbers
-) -> list[dict]: # official rows: question_id, model, judge, user_prompt, judgment, score (−1: invalid), turn, tstamp
-    "Single-answer grading: both turns of every answer."
-    references, prompts = _material(judge, references, prompts)
-    tasks = [(model, q, turn, *judge_question(judge, prompts, q, [given[q["question_id"]]],
-                                              references.get(q["question_id"], ()), turn))
-             for model, given in _by_model(answers, questions).items() for q in questions for turn in (1, 2)]
-    verdicts = _consult(judge, [(q, name, question) for _, q, _, name, question in tasks], rating, -1, path,
-                        log)
-    return [dict(question_id=q["question_id"], model=model, judge=[judge.name, name],
-                 user_prompt=question.messages[-1][1], judgment=text, score=value, turn=turn, tstamp=0)
-            for (model, q, turn, name, question), (value, text) in zip(tasks, verdicts)]
+) -> list[dict]: # official rows: question_id, model, judge, score (−1: invalid), turn, and texts
+    "Single-answer grading: both turns of every answer; `DataError` where a model has none."
+    references, prompts = _defaults(judge, references, prompts)
+    tasks, asked = [], []
+    for model, given in _by_model(answers, questions).items():
+        for q in questions:
+            for turn in 1, 2:
+                number = q["question_id"]
+                tasks.append((model, turn))
+                asked.append((q, *judge_question(judge, prompts, q, [given[number]],
+                                                 references.get(number, ()), turn)))
+    scores, texts = _ask_all(judge, asked, rating, -1, path, log)
+    rows = []
+    for (model, turn), (q, name, question), value, text in zip(tasks, asked, scores, texts):
+        rows.append(dict(question_id=q["question_id"], model=model, judge=[judge.name, name],
+                         user_prompt=question.messages[-1][1], judgment=text, score=value,
+                         turn=turn, tstamp=0))
+    return rows
 
 # %% ../nbs/03d_mtbench.ipynb #03d042
 def grade_pairs(
@@ -290,127 +343,181 @@ def grade_pairs(
     log=print,             # gets what went wrong, in numbers
 ) -> list[dict]: # official pair rows; g1_winner and g2_winner are model_1, model_2, tie or error
     "Every two models against each other, in both orders: game 1 shows model_1 as A, game 2 as B."
-    references, prompts = _material(judge, references, prompts)
-    games = [(q, turn, pair, judge_question(judge, prompts, q, [g[q["question_id"]] for _, g in order],
-                                            references.get(q["question_id"], ()), turn))
-             for pair in itertools.combinations(_by_model(answers, questions).items(), 2) for q in questions
-             for turn in (1, 2) for order in (pair, pair[::-1])]
-    verdicts = _consult(judge, [(q, *asked) for q, _, _, asked in games], winner, "error", path, log)
+    references, prompts = _defaults(judge, references, prompts)
+    tasks, asked = [], []
+    models = _by_model(answers, questions)
+    for (one, mine), (two, theirs) in itertools.combinations(models.items(), 2):
+        for q in questions:
+            for turn in 1, 2:
+                number = q["question_id"]
+                tasks.append((one, two, turn))
+                for a, b in (mine, theirs), (theirs, mine):
+                    asked.append((q, *judge_question(judge, prompts, q, [a[number], b[number]],
+                                                     references.get(number, ()), turn)))
+    winners, texts = _ask_all(judge, asked, winner, "error", path, log)
+    first, second = dict(A="model_1", B="model_2"), dict(A="model_2", B="model_1")
     rows = []
-    played = zip(games[::2], games[1::2], verdicts[::2], verdicts[1::2])  # both orders of each
-    for (q, turn, ((one, _), (two, _)), (name, g1)), (*_, (_, g2)), (w1, t1), (w2, t2) in played:
-        first, second = dict(A="model_1", B="model_2"), dict(A="model_2", B="model_1")
+    for n, (one, two, turn) in enumerate(tasks):
+        q, name, game_1 = asked[2 * n]
+        _, _, game_2 = asked[2 * n + 1]
+        won_1, won_2 = winners[2 * n:2 * n + 2]
+        text_1, text_2 = texts[2 * n:2 * n + 2]
         rows.append(dict(question_id=q["question_id"], model_1=one, model_2=two,
-                         g1_winner=first.get(w1, w1), g2_winner=second.get(w2, w2),
-                         judge=[judge.name, name], g1_user_prompt=g1.messages[-1][1], g1_judgment=t1,
-                         g2_user_prompt=g2.messages[-1][1], g2_judgment=t2, turn=turn, tstamp=0))
+                         g1_winner=first.get(won_1, won_1), g2_winner=second.get(won_2, won_2),
+                         judge=[judge.name, name],
+                         g1_user_prompt=game_1.messages[-1][1], g1_judgment=text_1,
+                         g2_user_prompt=game_2.messages[-1][1], g2_judgment=text_2,
+                         turn=turn, tstamp=0))
     return rows
 
-# %% ../nbs/03d_mtbench.ipynb #03d043
 def win_rates(
     pair_judgments: list[dict], # from `grade_pairs`
-) -> dict[str, dict]: # model -> win, loss, tie, n_rows, n_invalid, n_inconsistent (counts), win_rate (0 to 1, or None)
-    "Wins of every model over all its pairs; a row with an error in either order is invalid and in no rate."
-    out = {}
+) -> dict[str, dict]: # model -> win, loss, tie, win_rate (0 to 1, or None), and counts of rows
+    "Wins of every model over all its pairs; a row with an error is invalid and in no rate."
+    counts = {}
     for row in pair_judgments:
         games = row["g1_winner"], row["g2_winner"]
         for side in "model_1", "model_2":
-            count = out.setdefault(row[side], Counter()); count["n_rows"] += 1
-            if "error" in games: count["n_invalid"] += 1; continue
+            count = counts.setdefault(row[side], Counter())
+            count["n_rows"] += 1
+            if "error" in games:
+                count["n_invalid"] += 1
+                continue
             count["n_inconsistent"] += games[0] != games[1]
             tie = games[0] != games[1] or games[0] == "tie"
             count["tie" if tie else "win" if games[0] == side else "loss"] += 1
-    rate = lambda c: (c["win"] + c["tie"] / 2) / valid if (valid := c["n_rows"] - c["n_invalid"]) else None
-    return {model: {k: c[k] for k in ("win", "loss", "tie")} | dict(win_rate=rate(c))
-            | {k: c[k] for k in ("n_rows", "n_invalid", "n_inconsistent")} for model, c in out.items()}
+    rates = {}
+    for model, c in counts.items():
+        valid = c["n_rows"] - c["n_invalid"]
+        rates[model] = dict(win=c["win"], loss=c["loss"], tie=c["tie"],
+                            win_rate=(c["win"] + c["tie"] / 2) / valid if valid else None,
+                            n_rows=c["n_rows"], n_invalid=c["n_invalid"],
+                            n_inconsistent=c["n_inconsistent"])
+    return rates
 
 # %% ../nbs/03d_mtbench.ipynb #03d047
-def _judgments(judgments):
-    def read(row):
-        row["question_id"], row["model"], tuple(row["judge"]), row["score"], row["turn"]
-        return row
-    name = Path(judgments).name if isinstance(judgments, (str, Path)) else "judgments"
-    items = _lines(project_root() / judgments) if isinstance(judgments, (str, Path)) else judgments
-    return _rows(items, read, name, "a judgment with question_id, model, judge, score and turn")
+def _same_answer(row): return row["model"], row["question_id"], row["turn"], tuple(row["judge"])
 
-def _last(rows):
-    return list({(r["model"], r["question_id"], r["turn"], tuple(r["judge"])): r for r in rows}.values())
-def _valid(row):
-    return isinstance(row["score"], (int, float)) and row["score"] != -1 and math.isfinite(row["score"])
+def _judgment(row):
+    hash(_same_answer(row))  # a TypeError for what cannot be compared
+    row["score"]
+    return row
+
+def read_judgments(
+    judgments: list[dict] | str | Path, # rows, or the path of a .jsonl(.xz) of them
+) -> list[dict]: # as they are; `DataError` names one that is no judgment
+    "Checked rows of a file of judgments."
+    expected = "a judgment with question_id, model, judge, score and turn"
+    if isinstance(judgments, (str, Path)):
+        return read_rows(project_root() / judgments, _judgment, expected)
+    return [_understand(_judgment, row, f"judgments line {n}", expected)
+            for n, row in enumerate(judgments, 1)]
+
+def _last(rows):  # of each answer
+    return list({_same_answer(r): r for r in rows}.values())
+
+def _is_valid(row):
+    value = row["score"]
+    return isinstance(value, (int, float)) and value != -1 and math.isfinite(value)
+
 def _mean(rows): return float(np.mean([r["score"] for r in rows])) if rows else None
 
 # %% ../nbs/03d_mtbench.ipynb #03d048
 def score(
-    judgments: list[dict] | str | Path, # rows, or the path of a .jsonl(.xz) of them; `DataError` names a bad one
-    questions: list[dict] | None = None, # needed where numbers are not the official ones, for the categories
-) -> dict[str, dict]: # model -> turn1, turn2, average, category (name -> mean), n_rows, n_invalid, n_duplicates
+    judgments: list[dict] | str | Path, # rows, or the path of a .jsonl(.xz) of them
+    questions: list[dict] | None = None, # for the categories of numbers that are not official
+) -> dict[str, dict]: # model -> turn1, turn2, average, category (name -> mean), and the counts
     "MT-Bench's numbers, as FastChat's show_result computes them: −1 is left out and counted."
-    rows = _judgments(judgments)
-    category = _CATEGORY | {q["question_id"]: q["category"] for q in questions or ()}
-    kept, out = _last(rows), {}
-    unknown = [r["question_id"] for r in kept if r["question_id"] not in category]
+    rows = read_judgments(judgments)
+    kept = _last(rows)
+    category_of = CATEGORY_OF | {q["question_id"]: q["category"] for q in questions or ()}
+    unknown = [r["question_id"] for r in kept if r["question_id"] not in category_of]
     if unknown:
-        raise DataError(f"question {unknown[0]} is not one of MT-Bench's 81 to 160: pass the questions, "
-                        f"which have the categories")
+        raise DataError(f"question {unknown[0]} is not one of MT-Bench's 81 to 160: "
+                        f"pass the questions, which have the categories")
+    out = {}
     for model in dict.fromkeys(r["model"] for r in kept):
         mine = [r for r in kept if r["model"] == model]
-        valid = [r for r in mine if _valid(r)]
-        found = {category[r["question_id"]] for r in mine}
-        names = [c for c in MTBENCH_TEMPERATURE if c in found] + sorted(found - MTBENCH_TEMPERATURE.keys())
+        valid = [r for r in mine if _is_valid(r)]
+        found = {category_of[r["question_id"]] for r in mine}
+        names = [c for c in MTBENCH_TEMPERATURE if c in found]
+        names += sorted(found - MTBENCH_TEMPERATURE.keys())
+        by_category = {c: _mean([r for r in valid if category_of[r["question_id"]] == c])
+                       for c in names}
         out[model] = dict(turn1=_mean([r for r in valid if r["turn"] == 1]),
-                          turn2=_mean([r for r in valid if r["turn"] == 2]), average=_mean(valid),
-                          category={c: _mean([r for r in valid if category[r["question_id"]] == c])
-                                    for c in names}, n_rows=len(mine), n_invalid=len(mine) - len(valid),
+                          turn2=_mean([r for r in valid if r["turn"] == 2]),
+                          average=_mean(valid), category=by_category,
+                          n_rows=len(mine), n_invalid=len(mine) - len(valid),
                           n_duplicates=sum(r["model"] == model for r in rows) - len(mine))
     return out
 
 # %% ../nbs/03d_mtbench.ipynb #af527440
+def are_published(
+    questions: list[dict], # from `load_questions`, wherever they were read from
+) -> bool: # True for the contents of the official question.jsonl, whatever the file is called
+    "Are these MT-Bench's 80 questions, word for word?"
+    asked = sorted([q["question_id"], q["category"], *q["turns"]] for q in questions)
+    return content_sha256(asked) == QUESTIONS_SHA256
+
 def why_unofficial(
     judgments: list[dict], # from `grade`
     questions: list[dict], # from `load_questions`
     prompts: dict[str, dict], # the judge's prompts, from `load_prompts`
-    references: dict[int, list[str]] | None = None, # what the judge was shown as right, if it is known
+    references: dict[int, list[str]] | None = None, # that the judge was shown; None: not looked at
 ) -> str: # a clause; "" for MT-Bench as published
     "Why these scores do not compare with the published ones."
-    judge = next((r["judge"][0] for r in judgments if r["judge"][0] != PUBLISHED_JUDGE), PUBLISHED_JUDGE)
-    if judge != PUBLISHED_JUDGE: return f"the judge is {judge}, published numbers are {PUBLISHED_JUDGE}'s"
-    shown = {n: [p["system_prompt"], p["prompt_template"]] for n, p in sorted(prompts.items())
-             if n in PROMPT_CHARACTERS}
-    if content_sha256(shown) != PROMPTS_SHA256: return "the judge's prompts are not the published ones"
-    graded = {}
-    for r in judgments: graded.setdefault(r["model"], {}).setdefault(r["question_id"], set()).add(r["turn"])
-    whole = [sum(i in _CATEGORY and len(turns) == 2 for i, turns in g.items()) for g in graded.values()]
-    if (n := min(whole, default=0)) < 80: return f"{n} of 80 questions"
-    asked = sorted([q["question_id"], q["category"], *q["turns"]] for q in questions)
-    if content_sha256(asked) != QUESTIONS_SHA256: return "the questions are not the published ones"
-    if references is not None and references != load_references("official"):
-        return "the references are not the published ones"
+    rows = _last(judgments)
+    others = [r["judge"][0] for r in rows if r["judge"][0] != PUBLISHED_JUDGE]
+    if others: return f"the judge is {others[0]}, published numbers are {PUBLISHED_JUDGE}'s"
+    known = {name: [p["system_prompt"], p["prompt_template"]]
+             for name, p in sorted(prompts.items()) if name in PROMPT_CHARACTERS}
+    if content_sha256(known) != PROMPTS_SHA256:
+        return "the judge's prompts are not the published ones"
+    judged = {(r["model"], r["question_id"], r["turn"]) for r in rows}
+    whole = [sum((model, i, 1) in judged and (model, i, 2) in judged for i in CATEGORY_OF)
+             for model in {r["model"] for r in rows}]
+    if min(whole, default=0) < 80: return f"{min(whole, default=0)} of 80 questions"
+    if not are_published(questions): return "the questions are not the published ones"
+    invalid = Counter(r["model"] for r in rows if not _is_valid(r))
+    if invalid: return f"{max(invalid.values())} of 160 verdicts are invalid"
+    guided = [i for i, category in CATEGORY_OF.items() if category in NEED_REFERENCE]
+    if references is not None:
+        if content_sha256([[i, *references.get(i, ())] for i in guided]) != REFERENCES_SHA256:
+            return "the references are not the published ones, which GPT-4 wrote"
+    for r in rows:
+        number, used = r["question_id"], r["judge"][1]
+        if number not in CATEGORY_OF: return f"question {number} is not one of the published 80"
+        if used != prompt_name("single", number in guided, r["turn"]):
+            return f"question {number} was judged with the prompt {used}"
     return ""
 
 # %% ../nbs/03d_mtbench.ipynb #03d054
 def average_interval(
     judgments: list[dict] | str | Path, # as for `score`
     seed: int = 0,                      # of the drawing
-) -> dict[str, tuple[float, float]]: # model -> low and high end, in rating points; without a valid row left out
-    "Bootstrap 95 % interval of the average, over questions."
-    out, valid = {}, [r for r in _last(_judgments(judgments)) if _valid(r)]
-    for model in dict.fromkeys(r["model"] for r in valid):
-        by_question = {}
-        for r in valid:
-            if r["model"] == model: by_question.setdefault(r["question_id"], []).append(r["score"])
+) -> dict[str, tuple[float, float]]: # model -> low and high end; without a valid row left out
+    "Bootstrap 95 % interval of the average, over questions, in rating points."
+    by_model = {}
+    for r in _last(read_judgments(judgments)):
+        if _is_valid(r):
+            by_question = by_model.setdefault(r["model"], {})
+            by_question.setdefault(r["question_id"], []).append(r["score"])
+    out = {}
+    for model, by_question in by_model.items():
         sums, counts = np.array([(sum(s), len(s)) for s in by_question.values()]).T
         drawn = np.random.default_rng(seed).integers(0, len(sums), (2000, len(sums)))
-        out[model] = tuple(map(float,
-                               np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])))
+        averages = sums[drawn].sum(1) / counts[drawn].sum(1)
+        low, high = np.quantile(averages, [0.025, 0.975])
+        out[model] = float(low), float(high)
     return out
 
 # %% ../nbs/03d_mtbench.ipynb #03d057
 # Paul Tol's bright colours
-_LOOKS = [("#4477aa", "-", "o"), ("#ee6677", "--", "s"), ("#228833", "-.", "^"), ("#aa3377", ":", "D"),
-          ("#ccbb44", "-", "v"), ("#66ccee", "--", "P")]
+_LOOKS = [("#4477aa", "-", "o"), ("#ee6677", "--", "s"), ("#228833", "-.", "^"),
+          ("#aa3377", ":", "D"), ("#ccbb44", "-", "v"), ("#66ccee", "--", "P")]
 
-# %% ../nbs/03d_mtbench.ipynb #i7495108
-def _title(text, judged_by): return f"{text}\njudged by {figure_text(judged_by)}" if judged_by else text
+def _title(text, judged_by):
+    return f"{text}\njudged by {figure_text(judged_by)}" if judged_by else text
 
 # %% ../nbs/03d_mtbench.ipynb #14eb9d0c
 def plot_radar(
@@ -424,10 +531,12 @@ def plot_radar(
     fig, ax = plt.subplots(figsize=(7, 4.4), subplot_kw=dict(projection="polar"))
     for (model, s), (colour, line, marker) in zip(scores.items(), itertools.cycle(_LOOKS)):
         r = np.array([s["category"].get(c) for c in names], float)  # None becomes nan
-        ax.plot(np.append(angles, angles[:1]), np.append(r, r[:1]), color=colour, ls=line, marker=marker,
-                ms=5, lw=1.8, label=figure_text(model))
-    ax.set_theta_zero_location("N"); ax.set_theta_direction(-1)
-    ax.set_xticks(angles, map(figure_text, names)); ax.tick_params(axis="x", pad=6)
+        ax.plot(np.append(angles, angles[:1]), np.append(r, r[:1]), color=colour, ls=line,
+                marker=marker, ms=5, lw=1.8, label=figure_text(model))
+    ax.set_theta_zero_location("N")
+    ax.set_theta_direction(-1)
+    ax.set_xticks(angles, map(figure_text, names))
+    ax.tick_params(axis="x", pad=6)
     for label, side in zip(ax.get_xticklabels(), np.sin(angles).round(3)):
         label.set_horizontalalignment("left" if side > 0 else "right" if side < 0 else "center")
     ax.set_ylim(0, 10)
@@ -444,7 +553,7 @@ def plot_turns(
     scores: dict[str, dict], # from `score`
     judged_by: str = "",     # for the title
 ): # a matplotlib Figure
-    "Mean rating of turn 1 and turn 2, a row for each model; one without a valid rating has no marks."
+    "Mean rating of turn 1 and turn 2, a row for each model; without a valid rating no marks."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7, 1.3 + 0.45 * len(scores)))
     ends = np.array([[s["turn1"], s["turn2"]] for s in scores.values()], float)

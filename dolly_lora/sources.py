@@ -85,6 +85,7 @@ def read_rows(
         return read_parquet(path)
     return read_jsonl(path, DataError)
 
+# %% ../nbs/01a_sources.ipynb #s0a10016
 SUFFIXES = (".jsonl", ".xz", ".json", ".parquet")
 
 def read_records(

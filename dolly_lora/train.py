@@ -19,7 +19,7 @@ from .trainer import (
     explain_full_disk, fit, model_card, read_history, training_history, write_adapter)
 
 # %% auto #0
-__all__ = ['train_adapters', 'is_trained', 'train', 'plot_history', 'train_seeds', 'copy_split']
+__all__ = ['train_adapters', 'is_trained', 'train', 'plot_history', 'copy_split', 'train_seeds']
 
 # %% ../nbs/02_train.ipynb #2dc12d29
 def train_adapters(
@@ -91,6 +91,18 @@ def plot_history(
     for a in (ax, rate): a.spines[["top", "right"]].set_visible(False)
     return fig
 
+# %% ../nbs/02_train.ipynb #5c2f8b93
+def copy_split(
+    run_dir: Path, # of the main run
+    folder: Path,  # of the other seed
+):
+    "Copy the main run's data; the statistics last, since they say that the rest is complete."
+    names = sorted(path.name for path in (Path(run_dir) / "data").iterdir() if path.is_file())
+    for name in sorted(names, key=lambda name: name == "statistics.json"):
+        if not (folder / "data" / name).exists():
+            with publish(folder / "data" / name) as part:
+                shutil.copyfile(Path(run_dir) / "data" / name, part)
+
 # %% ../nbs/02_train.ipynb #5c2f8b91
 def train_seeds(
     recipe: Recipe, # its `seed` is the main run's; `seeds` says how many trainings there are in all
@@ -119,11 +131,3 @@ def train_seeds(
         log(f"seed {seed}: validation loss {best['best_validation_loss']:.4f} "
             f"at step {best['best_step']}")
     return histories
-
-def copy_split(run_dir, folder):
-    "Copy the main run's data; the statistics last, since they say that the rest is complete."
-    names = sorted(path.name for path in (Path(run_dir) / "data").iterdir() if path.is_file())
-    for name in sorted(names, key=lambda name: name == "statistics.json"):
-        if not (folder / "data" / name).exists():
-            with publish(folder / "data" / name) as part:
-                shutil.copyfile(Path(run_dir) / "data" / name, part)

@@ -237,7 +237,8 @@ class ChatUI:
         self.editing = False
         self._enable_buttons(busy=True)
         self._show_status("answering …")
-        self.worker = threading.Thread(target=self._show_answer, args=(pieces, question), daemon=True)
+        self.worker = threading.Thread(target=self._show_answer, args=(pieces, question),
+                                       daemon=True)
         self.worker.start()
 
     def _show_answer(self, pieces, question):

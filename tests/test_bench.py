@@ -18,8 +18,8 @@ RANDOM = replace(PRESETS["llama2"], base="random-7b", revision="")
 PLACES = ["huggingface_hub.hf_hub_download", "huggingface_hub.snapshot_download",
           "transformers.AutoTokenizer.from_pretrained", "datasets.load_dataset"]
 # LLaMA-2's vocabulary on a model that a CPU can train
-SMALL = LlamaConfig(vocab_size=32_000, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                    num_attention_heads=2, num_key_value_heads=2)
+SMALL = dict(vocab_size=32_000, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+             num_attention_heads=2, num_key_value_heads=2)
 
 
 @pytest.fixture()
@@ -36,7 +36,9 @@ def no_hub(monkeypatch):
 @pytest.fixture()
 def small_shape(monkeypatch):
     """The small model in the place of the 7B."""
-    monkeypatch.setattr(bench, "load_base", lambda recipe: LlamaForCausalLM(SMALL).eval())
+    def load_base(recipe):  # a config of its own, which a method may change
+        return LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    monkeypatch.setattr(bench, "load_base", load_base)
 
 
 def test_random_weights_are_measured_on_dollys_lengths(no_hub):

@@ -1,7 +1,12 @@
 """Whatever comes in: read right, or refused in one line. Nothing else leaves a reader.
 
-A hundred thousand inputs (ten properties): DOLLY_LORA_EXAMPLES=10000 pytest tests/test_properties.py
+Each property is tried on sixty inputs. For a fuzz on more than 100,000 malformed ones:
+
+    DOLLY_LORA_EXAMPLES=20000 pytest tests/test_properties.py
+
+That many examples a property; the last line says how many inputs were refused.
 """
+import collections
 import json
 import lzma
 import os
@@ -11,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dolly_lora.window import safe_html
+from dolly_lora.alpaca import load_instructions, load_reference
 from dolly_lora.cli import read_prompts
 from dolly_lora.config import PRESETS, ConfigError, DollyError, parse_overrides, resolve
 from dolly_lora.figures import escape_text
@@ -21,10 +26,22 @@ from dolly_lora.files import JsonlCache
 from dolly_lora.judge import Reply
 from dolly_lora.models import tiny_tokenizer
 from dolly_lora.mtbench import load_questions, load_references, rating, winner
+from dolly_lora.window import safe_html
 
-EXAMPLES = int(os.environ.get("DOLLY_LORA_EXAMPLES", 60))
+EXAMPLES = int(os.environ.get("DOLLY_LORA_EXAMPLES", 60))   # of each property
 many = settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 1000, database=None,
                 suppress_health_check=list(HealthCheck))
+REFUSED = collections.Counter()   # reader -> inputs that it refused
+
+
+@pytest.fixture(scope="module", autouse=True)
+def say_how_many_were_refused(request):
+    yield
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal and EXAMPLES >= 1000:
+        counts = ", ".join(f"{name} {n:,}" for name, n in REFUSED.items())
+        terminal.write_line(f"\n{REFUSED.total():,} malformed inputs were refused: {counts}")
+
 
 WORDS = ["### Response:\n", "### Instruction:\n", "### Context:\n", "</s>", "<s>", "\u2028", "\x0c",
          "\ud83d", "\0", "\ufeff", "<img src=x onerror=alert(1)>", "<script>", "[12]", "&amp;",
@@ -35,32 +52,40 @@ whole = texts.map(lambda t: t.encode("utf-8", "ignore").decode())  # no half cha
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | texts,
                       lambda v: st.lists(v, max_size=3) | st.dictionaries(texts, v, max_size=3),
                       max_leaves=6)
-records = st.fixed_dictionaries(dict(instruction=whole.filter(str.strip), context=whole, response=whole,
-                                     category=whole.filter(str.strip)))
+filled = whole.filter(str.strip)
+records = st.fixed_dictionaries(dict(instruction=filled, context=whole, response=whole,
+                                     category=filled))
+inserted = st.sampled_from([b"", b"{", b"]", b'"', b"\n", b"\xff", b"\0"]) | st.binary(max_size=4)
 
 
 @st.composite
-def torn(draw, lines):
-    """A file of JSON lines in which something went wrong: bytes cut, changed, doubled or put in."""
-    data = b"".join(json.dumps(row, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass") + b"\n"
-                    for row in draw(lines))
+def torn(draw, rows, as_list=False):
+    """A file of JSON lines (or one list) in which something went wrong: bytes cut or put in."""
+    def encoded(value):
+        text = json.dumps(value, ensure_ascii=draw(st.booleans()))
+        return text.encode("utf-8", "surrogatepass")
+    values = draw(rows)
+    data = encoded(values) if as_list else b"".join(encoded(row) + b"\n" for row in values)
     for _ in range(draw(st.integers(0, 3))):
-        a, b = sorted(draw(st.tuples(*[st.integers(0, len(data))] * 2)))
-        new = draw(st.sampled_from([b"", b"{", b"]", b'"', b"\n", b"\xff", b"\0", data[a:b] * 2]) | st.binary(max_size=4))
-        data = data[:a] + new + data[min(b, a + draw(st.integers(0, 9))):]
+        start, end = sorted(draw(st.tuples(*[st.integers(0, len(data))] * 2)))
+        new = data[start:end] * 2 if draw(st.booleans()) else draw(inserted)
+        data = data[:start] + new + data[min(end, start + draw(st.integers(0, 9))):]
     return data
 
 
-def read_or_refused(read):
+def read_or_refused(name, read):
     """What `read` gives, or None when it refuses with one line."""
     try:
         return read()
     except DollyError as e:
         assert str(e) and "\n" not in str(e)
+        REFUSED[name] += 1
 
 
 def rows_like(*fields):
-    return st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(fields, values | whole)) | values, max_size=4)
+    """Rows that have some of the fields, with values of any type."""
+    row = st.fixed_dictionaries({}, optional=dict.fromkeys(fields, values | whole))
+    return st.lists(row | values, max_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +98,25 @@ def tokenizer():
     return tiny_tokenizer()
 
 
+# ---- data
+
+
 @many
 @given(data=torn(rows_like(*FIELDS) | st.lists(records, max_size=4)),
-       suffix=st.sampled_from([".jsonl", ".jsonl.xz", ".json", ".parquet"]), compress=st.booleans())
+       suffix=st.sampled_from([".jsonl", ".jsonl.xz", ".json", ".parquet"]),
+       compress=st.booleans())
 def test_loader(data, suffix, compress, folder):
     path = folder / f"data{suffix}"
     path.write_bytes(lzma.compress(data, preset=0) if suffix.endswith("xz") and compress else data)
-    loaded = read_or_refused(lambda: load_dolly(str(path)))
+    loaded = read_or_refused("data", lambda: load_dolly(str(path)))
     for row in loaded or ():
         assert set(row) == set(FIELDS) and all(isinstance(t, str) for t in row.values())
         assert row["instruction"].strip() and row["category"].strip()
         json.dumps(row, ensure_ascii=False).encode()  # whole characters
+
+
+def key(row):
+    return tuple(row[f] for f in FIELDS)
 
 
 @many
@@ -94,7 +127,6 @@ def test_cleaning_and_splits(rows):
     assert count["read"] == len(rows) == len(kept) + dropped
     assert clean(rows[::-1])[0] == kept
     parts = split(kept, PRESETS["tiny"])
-    key = lambda r: tuple(r[f] for f in FIELDS)
     assert sorted(map(key, sum(parts.values(), []))) == sorted(map(key, kept))
     passages = [{r["context"] for r in part if r["context"]} for part in parts.values()]
     assert sum(map(len, passages)) == len(set().union(*passages))
@@ -104,9 +136,9 @@ def test_cleaning_and_splits(rows):
 @given(row=records)
 def test_template(row):
     prompt = build_prompt(row["instruction"], row["context"])
-    assert prompt.startswith(f"### Instruction:\n{row['instruction']}\n\n")
-    assert prompt.endswith("### Response:\n")
-    middle = prompt[len(f"### Instruction:\n{row['instruction']}\n\n"):-len("### Response:\n")]
+    head, tail = f"### Instruction:\n{row['instruction']}\n\n", "### Response:\n"
+    assert prompt.startswith(head) and prompt.endswith(tail)
+    middle = prompt[len(head):-len(tail)]
     assert middle == (f"### Context:\n{row['context']}\n\n" if row["context"] else "")
 
 
@@ -117,41 +149,61 @@ def test_labels(row, max_length, train_on, tokenizer):
     made = encode(row, tokenizer, max_length, train_on)
     full = encode(row, tokenizer, 10**9, train_on)
     ids, labels = full["input_ids"], full["labels"]
-    learnt = len(prompt) if train_on == "response" else 0
+    masked = len(prompt) if train_on == "response" else 0
     assert ids[:len(prompt)] == prompt and ids[-1] == labels[-1] == tokenizer.eos_token_id
-    assert labels == [-100] * learnt + ids[learnt:]
-    assert made == dict(input_ids=ids[:max_length], labels=labels[:max_length], cut=max(0, len(ids) - max_length))
+    assert labels == [-100] * masked + ids[masked:]
+    assert made["input_ids"] == ids[:max_length] and made["labels"] == labels[:max_length]
+    assert made["cut"] == max(0, len(ids) - max_length)
+
+
+# ---- the recipe
+
+
+settable = st.sampled_from(["seed", "seeds", "base", "epochs", "load_in_4bit", "optimizer"])
+pairs = st.lists(st.tuples(settable, texts), max_size=3)
 
 
 @many
-@given(text=texts | st.lists(st.tuples(st.sampled_from(["seed", "base", "epochs", "load_in_4bit", "optimizer"]), texts),
-                             max_size=3).map(lambda pairs: " ".join(f"{k}={v}" for k, v in pairs)))
+@given(text=texts | pairs.map(lambda pairs: " ".join(f"{k}={v}" for k, v in pairs)))
 def test_overrides(text):
-    changes = read_or_refused(lambda: parse_overrides(text))
-    if changes is None: return
+    changes = read_or_refused("overrides", lambda: parse_overrides(text))
+    if changes is None:
+        return
     default = PRESETS["tiny"]
     assert all(type(value) is type(getattr(default, name)) for name, value in changes.items())
-    read_or_refused(lambda: resolve("tiny", "", "", text))
+    read_or_refused("recipe", lambda: resolve("tiny", "", "", text))
+
+
+recipe_like = st.fixed_dictionaries({}, optional=dict(
+    preset=values, seed=values, base=whole, epochs=values, max_length=st.integers()))
 
 
 @many
-@given(data=torn(st.lists(values | st.fixed_dictionaries({}, optional=dict(
-    preset=values, seed=values, base=whole, epochs=values, max_length=st.integers())), min_size=1, max_size=1)))
+@given(data=torn(st.lists(values | recipe_like | recipe_like.map(lambda r: dict(recipe=r)),
+                          min_size=1, max_size=1)))
 def test_recipe_of_a_run(data, folder):
     (folder / "recipe.json").write_bytes(data)
-    try: load_run(folder)
-    except ConfigError as e: assert "\n" not in str(e)
-    except DollyError as e: assert "recipe.json" in str(e) and "\n" not in str(e)
+    read_or_refused("recipe.json", lambda: load_run(folder))
+
+
+# ---- text on its way out
 
 
 class Tags(HTMLParser):
+    """The tags of a page, and the names of their attributes."""
     def __init__(self, page):
         super().__init__(convert_charrefs=True)
         self.tags, self.attributes = set(), set()
-        self.feed(page); self.close()
+        self.feed(page)
+        self.close()
 
     def handle_starttag(self, tag, attrs):
-        self.tags.add(tag); self.attributes |= {name for name, _ in attrs}
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+
+ALLOWED = {"p", "br", "em", "strong", "s", "code", "pre", "blockquote", "hr", "ul", "ol", "li",
+           "table", "thead", "tbody", "tr", "th", "td", *(f"h{n}" for n in range(1, 7))}
 
 
 @many
@@ -159,41 +211,68 @@ class Tags(HTMLParser):
 def test_text_on_its_way_out(text):
     shown = Tags(escape_text(text))
     assert shown.tags <= {"br"} and not shown.attributes
-    allowed = {"p", "br", "em", "strong", "s", "code", "pre", "blockquote", "hr", "ul", "ol", "li", "table",
-               "thead", "tbody", "tr", "th", "td", *(f"h{n}" for n in range(1, 7))}
     page = Tags(safe_html(text))
-    assert page.tags <= allowed and page.attributes <= {"class", "start", "style"}
+    assert page.tags <= ALLOWED and page.attributes <= {"class", "start", "style"}
+
+
+# ---- answers and judges
+
+
+verdicts = texts | st.from_regex(r"\[{0,2}(\d{1,400}|\d+\.\d*|A|B|C)\]{0,2}")
+log_probabilities = st.dictionaries(st.sampled_from(["A", "B", "C", "1", "10", "x"]), st.floats(),
+                                    max_size=4)
 
 
 @many
-@given(text=texts | st.from_regex(r"\[{0,2}(\d{1,400}|\d+\.\d*|A|B|C)\]{0,2}"),
-       logprobs=st.none() | st.dictionaries(st.sampled_from(["A", "B", "C", "1", "10", "x"]), st.floats(), max_size=4))
+@given(text=verdicts, logprobs=st.none() | log_probabilities)
 def test_verdicts(text, logprobs):
     reply = Reply(text, logprobs)
     assert rating(reply) == -1 or 1 <= rating(reply) <= 10 + 1e-9
     assert winner(reply) in ("A", "B", "tie", "error")
 
 
+whole_rows = st.lists(st.fixed_dictionaries(dict(key=whole, text=whole)), max_size=4)
+
+
 @many
-@given(data=torn(rows_like("key", "text") | st.lists(st.fixed_dictionaries(dict(key=whole, text=whole)), max_size=4)),
-       new=whole)
-def test_rows(data, new, folder):
+@given(data=torn(rows_like("key", "text") | whole_rows), new=whole)
+def test_cache_of_answers(data, new, folder):
     path = folder / "rows.jsonl"
     path.write_bytes(data)
-    rows = read_or_refused(lambda: JsonlCache(path))
-    if rows is None:
+    cache = read_or_refused("answers", lambda: JsonlCache(path))
+    if cache is None:
         assert path.read_bytes() == data  # what could not be read is not lost
         return
-    before = dict(rows.rows)
-    rows.add("a new one", dict(text=new))
-    assert JsonlCache(path).rows == before | {"a new one": dict(text=new)} or before != before  # nan is no number
+    before = dict(cache.rows)
+    cache.add("a new one", dict(text=new))
+    after = JsonlCache(path).rows
+    assert after == before | {"a new one": dict(text=new)} or before != before  # nan is no number
+
+
+asked_like = rows_like("question_id", "category", "turns", "reference", "choices", "instruction",
+                       "context")
 
 
 @many
-@given(data=torn(rows_like("question_id", "category", "turns", "reference", "choices", "instruction", "context")),
-       suffix=st.sampled_from([".jsonl", ".txt"]))
+@given(data=torn(asked_like), suffix=st.sampled_from([".jsonl", ".txt"]))
 def test_questions_and_prompts(data, suffix, folder):
     path = folder / f"asked{suffix}"
     path.write_bytes(data)
     for read in load_questions, load_references, read_prompts:
-        for value in read_or_refused(lambda: list(read(str(path)))) or (): json.dumps(value)
+        for value in read_or_refused(read.__name__, lambda: list(read(str(path)))) or ():
+            json.dumps(value)
+
+
+alpaca_fields = ("instruction", "output", "generator", "dataset")
+whole_entry = st.fixed_dictionaries(dict(instruction=whole, output=whole, generator=whole))
+
+
+@many
+@given(data=torn(rows_like(*alpaca_fields) | st.lists(whole_entry, max_size=4), as_list=True),
+       suffix=st.sampled_from([".json", ".json.xz"]), compress=st.booleans())
+def test_files_of_alpacaeval(data, suffix, compress, folder):
+    path = folder / f"alpaca{suffix}"
+    path.write_bytes(lzma.compress(data, preset=0) if suffix.endswith("xz") and compress else data)
+    for read in load_instructions, load_reference:
+        for row in read_or_refused(read.__name__, lambda: read(str(path))) or ():
+            json.dumps(row, ensure_ascii=False).encode()

@@ -230,7 +230,7 @@ def test_an_older_run_and_an_absent_base_are_not_refused(tmp_path):
 
 
 def test_the_commit_is_the_projects_own(tmp_path, monkeypatch):
-    """Beside an installed wheel, the folder one stands in may be the repository of something else."""
+    """Beside an installed wheel, the folder one stands in may be another project's repository."""
     author = "-c user.name=a -c user.email=a@b"
     subprocess.run(f"git init -q && git {author} commit -q --allow-empty -m x", shell=True,
                    cwd=tmp_path, check=True)

@@ -1,0 +1,66 @@
+"""Small models and examples that the engine's tests share."""
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dolly_lora.config import PRESETS
+from dolly_lora.engine.step import FusedLlama
+from dolly_lora.hardware import is_ampere
+from dolly_lora.models import add_lora, tiny_tokenizer
+
+TINY = replace(PRESETS["tiny"], lora_dropout=0.0)
+SHAPE = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_attention_heads=4)
+needs_gpu = pytest.mark.skipif(not is_ampere(), reason="no GPU of compute capability 8.0")
+
+
+def some(n=6, longest=150, seed=0):
+    """Examples of random tokens and lengths; a third of each is not learnt."""
+    random.seed(seed)
+    lengths = [random.randrange(2, longest) for _ in range(n)]
+    ids = [[random.randrange(3, 500) for _ in range(m)] for m in lengths]
+    return [dict(input_ids=i, labels=[-100] * (len(i) // 3) + i[len(i) // 3:]) for i in ids]
+
+
+def adapted(model, recipe=TINY):
+    """With float32 adapters that are not zero."""
+    model = add_lora(model, recipe)
+    torch.manual_seed(1)
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+            if "lora_B" in n:
+                torch.nn.init.normal_(p, std=0.02)
+    return model
+
+
+def gradients(engine, model):
+    """All adapters' gradients in one vector, in the order of the model's parameters."""
+    if isinstance(engine, FusedLlama):
+        found = dict(zip(map(id, engine.flat.params), engine.flat.grads))
+    else:
+        found = {id(p): p.grad for p in model.parameters()}
+    return torch.cat([found[id(p)].flatten() for p in model.parameters() if p.requires_grad])
+
+
+def save_small_llama(folder):
+    """A small Llama with random weights in a folder, so that it is loaded in NF4 on a GPU."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=512,
+                         num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                         bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return replace(PRESETS["tiny"], base=str(folder), load_in_4bit=True, max_steps=12, eval_steps=4)
+
+
+def curve(history):
+    """Every training and validation loss of a run."""
+    validation = [r["eval_loss"] for r in history["validation"]]
+    return [r["loss"] for r in history["log"]] + validation
+
+
+def quiet(line):
+    """A log that nobody reads."""
