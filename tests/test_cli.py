@@ -79,21 +79,6 @@ def test_what_a_failed_stage_stops(course, tmp_path, capsys, stage, begun):
     )
 
 
-def test_a_finished_stage_is_not_timed_again_and_an_old_file_is_taken(course, tmp_path):
-    path = tmp_path / "run/stages.json"
-    assert cli.run("tiny", str(tmp_path / "run")) == 0
-    first = json.loads(path.read_text())
-    assert set(first) == set(cli.STAGES) and all(
-        s["finished"] and s["parts"] == 1 for s in first.values()
-    )
-    assert cli.run("tiny", str(tmp_path / "run")) == 0 and json.loads(path.read_text()) == first
-    path.write_text('{"01_data": 3.5}')  # as versions before wrote it
-    assert (
-        cli.run("tiny", str(tmp_path / "run")) == 0
-        and json.loads(path.read_text())["01_data"]["finished"]
-    )
-
-
 @pytest.mark.parametrize(
     "changes, why",
     [
