@@ -16,7 +16,8 @@ from .config import DollyError, Recipe, redact
 from .engine.blocks import is_llama
 from .files import file_sha256, JsonlCache, publish
 from .generate import weights_fingerprint
-from .models import base_model, load_base, load_tokenizer, locate_base, reading
+from .models import (
+    base_model, explain_unreadable, load_base, load_tokenizer, locate_base)
 
 # %% auto #0
 __all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'reply_key', 'kept_reply', 'ask', 'JudgeError', 'endpoint_address',
@@ -463,7 +464,7 @@ def check_judge(
         place = locate_base(judging)
         if Path(place).is_dir(): check_weight_files(Path(place), place)
         else: check_hub_weights(judging)
-        with reading(f"the config of {judging.base}"):
+        with explain_unreadable(f"the config of {judging.base}"):
             config = AutoConfig.from_pretrained(place, revision=judging.revision or None,
                                                 trust_remote_code=False)
             with torch.device("meta"):

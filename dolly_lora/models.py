@@ -16,7 +16,7 @@ from .hardware import compute_dtype, device
 
 # %% auto #0
 __all__ = ['TARGET_MODULES', 'ModelError', 'quantization_config', 'tiny_tokenizer', 'tiny_model', 'packaged_smollm2',
-           'locate_base', 'reading', 'load_tokenizer', 'load_base', 'base_model', 'random_7b', 'head_dim',
+           'locate_base', 'explain_unreadable', 'load_tokenizer', 'load_base', 'base_model', 'random_7b', 'head_dim',
            'linear_shapes', 'lora_parameter_count', 'add_lora', 'check_base', 'keep_small_weights', 'load_tuned']
 
 # %% ../nbs/00a_models.ipynb #ee596d21
@@ -143,7 +143,7 @@ def locate_base(
 
 # %% ../nbs/00a_models.ipynb #5a597df0
 @contextlib.contextmanager
-def reading(what): # `ModelError` for files that transformers or PEFT cannot read
+def explain_unreadable(what): # `ModelError` for files that transformers or PEFT cannot read
     try: yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError,
             SafetensorError) as e:
@@ -161,7 +161,7 @@ def load_tokenizer(
     if recipe.base == "random-7b": _want_gpu(); recipe = PRESETS["llama2"]
     if recipe.base == "tiny": tok = tiny_tokenizer()
     else:
-        with reading(f"the tokenizer of {recipe.base}"):
+        with explain_unreadable(f"the tokenizer of {recipe.base}"):
             tok = AutoTokenizer.from_pretrained(locate_base(recipe), revision=recipe.revision or None,
                                                 trust_remote_code=False)
     if tok.eos_token_id is None:
@@ -184,7 +184,7 @@ def load_base(
     if recipe.base == "random-7b": return random_7b(recipe.load_in_4bit)
     four = recipe.load_in_4bit and torch.cuda.is_available()
     how = dict(quantization_config=quantization_config()) if four else {}
-    with reading(recipe.base):
+    with explain_unreadable(recipe.base):
         return AutoModelForCausalLM.from_pretrained(
             locate_base(recipe), revision=recipe.revision or None, dtype=compute_dtype(),
             device_map={"": device()}, use_safetensors=True, trust_remote_code=False, **how).eval()
@@ -310,7 +310,7 @@ def check_base(
     elif recipe.base == "random-7b": config = LlamaConfig(max_position_embeddings=4096)
     else:
         place = locate_base(recipe)
-        with reading(f"the config of {recipe.base}"):
+        with explain_unreadable(f"the config of {recipe.base}"):
             config = AutoConfig.from_pretrained(place, revision=recipe.revision or None, trust_remote_code=False)
         if Path(place).is_dir() and not any(Path(place).glob("*.safetensors")):
             raise ModelError(f"{recipe.base} has no weights in safetensors: write them with save_pretrained "
@@ -349,7 +349,7 @@ def load_tuned(
         raise ModelError(f"no {name} in {short_path(folder)}{pickle if any(folder.glob('*.bin')) else ''}: "
                          f"train one first with 02_train or `dolly-lora run {recipe.preset}`")
     base = load_base(recipe)
-    with reading(short_path(folder / name)):
+    with explain_unreadable(short_path(folder / name)):
         with safe_open(folder / name, "pt") as f: there = set(f.keys())
         model = PeftModel.from_pretrained(base, folder, config=_adapters(recipe))
     if there != set(get_peft_model_state_dict(model, save_embedding_layers=False)):
