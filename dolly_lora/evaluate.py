@@ -21,9 +21,9 @@ from .runs import load_run
 _all_ = ["make_answerer", "prompt_builder", "provenance"]
 
 # %% auto #0
-__all__ = ['drop_long_prompts', 'answer_test', 'encode_in_template', 'pad_examples', 'token_losses', 'mean_loss',
-           'loss_difference', 'measure_seeds', 'rouge_l', 'answer_metrics', 'answer_alpaca', 'overlap', 'make_answerer',
-           'prompt_builder', 'provenance']
+__all__ = ['drop_long_prompts', 'answer_test', 'encode_in_template', 'token_losses', 'mean_loss', 'loss_difference',
+           'measure_seeds', 'rouge_l', 'answer_metrics', 'answer_alpaca', 'overlap', 'make_answerer', 'prompt_builder',
+           'provenance']
 
 # %% ../nbs/03_eval.ipynb #03e004
 def drop_long_prompts(
@@ -66,15 +66,6 @@ def encode_in_template(
         examples.append(dict(input_ids=prompt + response, labels=[-100] * len(prompt) + response))
     return examples
 
-def pad_examples(
-    examples: list[dict], # with lists of numbers
-    key: str,             # which of their lists
-    value: int,           # stands where a list is shorter than the longest
-) -> torch.Tensor: # int64 [examples, longest]
-    "Lists of different lengths as one tensor, padded on the right."
-    rows = [torch.tensor(e[key]) for e in examples]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
 @torch.inference_mode()
 def token_losses(
     model,              # causal language model or PeftModel
@@ -86,16 +77,19 @@ def token_losses(
     encode=encode_all,  # or `encode_in_template`
 ) -> np.ndarray: # float64 [len(rows), 2]: summed negative log-probability in nats, response tokens
     "The loss of every record's response, as a sum and a count."
+    def padded(lists, value): # on the right
+        tensors = [torch.tensor(numbers) for numbers in lists]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True,
+                                               padding_value=value).to(model.device)
     out, shown = np.zeros((len(rows), 2)), time.time()
     encoded = encode(rows, tokenizer, recipe.max_length)
     order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]["input_ids"]))
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
         examples = [encoded[i] for i in batch]
-        input_ids = pad_examples(examples, "input_ids", tokenizer.pad_token_id).to(model.device)
-        labels = pad_examples(examples, "labels", -100).to(model.device)[:, 1:]
-        ones = [dict(mask=[1] * len(e["input_ids"])) for e in examples]
-        mask = pad_examples(ones, "mask", 0).to(model.device)
+        input_ids = padded([e["input_ids"] for e in examples], tokenizer.pad_token_id)
+        labels = padded([e["labels"] for e in examples], -100)[:, 1:]
+        mask = padded([[1] * len(e["input_ids"]) for e in examples], 0)
         logits = model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
         sums = [F.cross_entropy(l.float(), y, ignore_index=-100, reduction="sum")
                 for l, y in zip(logits, labels)]

@@ -16,7 +16,8 @@ from .config import DollyError, Recipe, redact
 from .engine.blocks import is_llama
 from .files import file_sha256, JsonlCache, publish
 from .generate import weights_fingerprint
-from .models import base_model, load_base, load_tokenizer, locate_base, explain_unreadable
+from .models import (
+    base_model, explain_unreadable, load_base, load_tokenizer, locate_base)
 
 # %% auto #0
 __all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'reply_key', 'kept_reply', 'ask', 'JudgeError', 'endpoint_address',

@@ -33,7 +33,7 @@ TEMPLATE = ("{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }
 
 
 def template_tokenizer(adds_start=False):
-    """The tiny tokenizer with a chat template; it may put the start token in front of every text."""
+    """The tiny tokenizer with a chat template; it may put a start token before every text."""
     tokenizer = load_tokenizer(TINY)
     tokenizer.chat_template = TEMPLATE
     if adds_start:

@@ -12,7 +12,7 @@ from dolly_lora.results import (
 
 CONSISTENCY = Consistency(pairs=3, invalid=1, contradicted=None, first=50.0)
 PAIR = PairResult(50.0, 40.0, 60.0, None, 1, 1, 1, 3, 50.0, 12, None, None, CONSISTENCY,
-                  LengthEffect(WinRate(2, 75.0), WinRate(), WinRate(1, 0.0)), "not the published judge")
+                  LengthEffect(WinRate(2, 75.0), WinRate(), WinRate(1, 0.0)), "not published")
 JUDGMENT = Judgment(
     "local x", dict(weights="abc"), "0" * 64, dict(alpaca=False, mt_bench=True), dict(alpaca="why"),
     Examination(50.0, None, None, CONSISTENCY), {"tuned against base": PAIR},
@@ -56,7 +56,7 @@ def test_no_key_of_an_older_file_is_lost():
     dict(difference=dict(difference="a", low=0, high=0)), dict(judgments=[])])
 def test_a_metrics_file_of_another_shape_is_one_line(tmp_path, value):
     write_json(tmp_path / "metrics.json", value)
-    with pytest.raises(DollyError, match="written by another version .* run the notebook 03_eval") as e:
+    with pytest.raises(DollyError, match="by another version .* run the notebook 03_eval") as e:
         read_metrics(tmp_path)
     assert "\n" not in str(e.value)
 
@@ -74,7 +74,8 @@ def test_the_interval_over_trainings_is_student_s():
     values = [2.31, 2.29, 2.35]
     low, high = stats.t.interval(0.95, 2, loc=sum(values) / 3, scale=stats.sem(values))
     spread = seed_spread(values)
-    assert (spread.low, spread.high) == pytest.approx((low, high)) and spread.mean == sum(values) / 3
+    assert (spread.low, spread.high) == pytest.approx((low, high))
+    assert spread.mean == pytest.approx(sum(values) / 3)
     one = seed_spread([2.31])
     assert (one.mean, one.low, one.high) == (2.31, None, None)
 

@@ -1,4 +1,4 @@
-"""Verdicts: what may be called official, several judges, judges that say nothing, what one costs."""
+"""Verdicts: what is official, several judges, judges that say nothing, what one costs."""
 import json
 import lzma
 import re
@@ -90,7 +90,7 @@ def no_key(monkeypatch):
 
 # What may be called official
 
-def test_published_judge_sets_and_prompts_are_official_and_nothing_else_is(official_files, tmp_path):
+def test_only_what_was_published_is_official(official_files, tmp_path):
     source = official_files / "alpaca_eval" / REFERENCE
     recipe = replace(TINY, alpaca=str(source), mtbench="official")
     run = answers_in(tmp_path, alpaca.load_instructions(source), load_questions("official"))
@@ -150,7 +150,7 @@ def test_every_clause_that_makes_mt_bench_unofficial(official_files):
 
 
 @pytest.mark.parametrize("name", ["gpt-4-1106-preview", "gpt-4", "stub"])
-def test_the_course_s_own_questions_are_not_official_for_any_endpoint(official_files, tmp_path, name):
+def test_the_course_s_own_questions_are_never_official(official_files, tmp_path, name):
     """Three instructions and the course's own eight questions were once shown as official."""
     judgment = judged_by(a_judge(name=name, official=True), answers_in(tmp_path / name))
     assert judgment.official == dict(alpaca=False, mt_bench=False)
@@ -298,7 +298,8 @@ def test_slugs_are_safe_and_never_the_same():
 
 
 def test_no_pair_s_name_leaves_the_folder(tmp_path):
-    found = verdicts.Verdicts("../../judge", {}, "", {"base against ../../../evil": []}, [], [], None)
+    pairs = {"base against ../../../evil": []}
+    found = verdicts.Verdicts("../../judge", {}, "", pairs, [], [], None)
     verdicts.keep_verdicts(tmp_path / "run", "../../judge", found)
     assert {p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*.json*")} == {"run"}
     assert not list(tmp_path.glob("*.json*"))
@@ -332,12 +333,14 @@ def test_another_process_s_run_folder_is_not_written_to(tmp_path):
 # A judge that says nothing
 
 @pytest.mark.parametrize("name, answer", [
-    ("garbage", garbage), ("silent", lambda q: Reply()), ("down", lambda q: Reply(error="HTTP 503"))])
+    ("garbage", garbage), ("silent", lambda q: Reply()),
+    ("down", lambda q: Reply(error="HTTP 503"))])
 def test_a_judge_without_a_valid_reply_leaves_dashes_not_errors(tmp_path, name, answer):
     run = answers_in(tmp_path)
     judgment = judged_by(a_judge(answer, name), run)
     pair, model = judgment.alpaca["tuned against base"], judgment.mt_bench["tiny-base"]
-    rates = (pair.win_rate, pair.low, pair.high, pair.standard_error, pair.length_controlled_winrate)
+    rates = (pair.win_rate, pair.low, pair.high, pair.standard_error,
+             pair.length_controlled_winrate)
     assert rates == (None,) * 5
     assert pair.n_total == 0 and pair.lc_refused == "no verdict is valid"
     assert pair.consistency.invalid == 16
