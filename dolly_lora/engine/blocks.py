@@ -172,7 +172,7 @@ class BlockActivations(NamedTuple):
     q: torch.Tensor         # rotated queries [tokens, heads, head_dim]
     k: torch.Tensor         # rotated keys [tokens, key heads, head_dim]
     v: torch.Tensor         # values, like k
-    attended: torch.Tensor  # attention's result [tokens, heads, head_dim], with autograd's way back to q, k, v
+    attended: torch.Tensor  # attention's result [tokens, heads, head_dim], which autograd knows
     joined: torch.Tensor    # the same without it [tokens, heads × head_dim]
     o: LoRAActivations
     y: torch.Tensor         # the residual stream after attention [tokens, features]
@@ -219,8 +219,8 @@ def block_forward(
     batch: PackedBatch | None = None, # as in `block_activations`
     seed: torch.Tensor | None = None, # of the dropout; None: no dropout
     save: bool = False,  # return all activations?
-) -> tuple[torch.Tensor, BlockActivations | None, LoRAActivations | None]: # (out, activations if `save`, down's)
-    "A whole block."
+) -> tuple[torch.Tensor, BlockActivations | None, LoRAActivations | None]:
+    "A whole block: its output, its activations if `save`, and those of its down projection."
     y, act, saved = block_activations(block, x, angles, attention, batch, seed, save)
     out, down_lora = group_forward(block.down, act, batch, seed, residual=y)
     if not save and down_lora and down_lora.drop: down_lora.drop.masks.clear()  # can be drawn again
@@ -290,7 +290,7 @@ def is_llama(
 def fits_llama(
     model, # PeftModel
 ) -> bool:
-    "Can `FusedLlama` train it? A Llama with one plain LoRA adapter, on exactly the seven linears of each block."
+    "Can `FusedLlama` train it? A Llama, one plain LoRA adapter, on just the seven linears of each block."
     base, names = model.get_base_model(), model.active_adapters
     if not is_llama(base) or len(names) != 1: return False
     if sum(hasattr(m, "lora_A") for m in base.modules()) != 7 * len(base.model.layers): return False

@@ -215,6 +215,7 @@ class SlotPlan(NamedTuple):
     capacity: int      # tokens of a slot's cache
     keep_weights: bool # hold NF4 weights dequantised?
 
+# %% ../../nbs/03f_decoder.ipynb #i03f0007
 def plan_slots(
     model,               # for which `is_llama`, or a PeftModel of one
     lengths: list[int],  # tokens of all prompts of the job

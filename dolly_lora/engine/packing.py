@@ -85,7 +85,7 @@ class PackedBatch:
 # %% ../../nbs/02a_packing.ipynb #02a01112
 def pack(
     examples: list[dict], # each with input_ids and labels of equal length, from `encode`
-    starts: list[int] | None = None, # each example's first `token_index`; default: this batch is the whole step
+    starts: list[int] | None = None, # each example's first `token_index`; default: the batch is the step
 ) -> PackedBatch: # on the CPU
     "Lay examples one after another."
     lengths = [len(e["input_ids"]) for e in examples]
@@ -184,7 +184,7 @@ class PackedModel:
     plan: MemoryPlan     # the token budget
 
     def __init__(self,
-        model, # PeftModel of a decoder-only architecture with plain causal attention that takes `position_ids`
+        model, # PeftModel of a decoder with plain causal attention that takes `position_ids`
         flat=None, # its trainable parameters as a `FlatParameters`; `make_engine` gives them
         plan=None, # its `MemoryPlan`; `make_engine` gives it
     ):
