@@ -27,6 +27,9 @@ _MODULES = {  # name -> the module it is defined in
     "load_base": "models", "load_tokenizer": "models", "load_tuned": "models", "train": "train",
     "generate": "generate", "Chat": "conversation", "ChatUI": "window", "open_chat": "chat",
     "write_report": "report"}
+__all__ = [
+    "PRESETS", "Chat", "ChatUI", "Recipe", "build_prompt", "generate", "load_base", "load_dolly",
+    "load_tokenizer", "load_tuned", "open_chat", "train", "write_report"]
 
 
 def __getattr__(name):

@@ -90,10 +90,9 @@ def bench_engine(
 ):                  # as `make_engine` gives
     "The engine that computes a step by this method."
     if method == "padding-free":
-        engine = PackedModel(model)
-        engine.flat = FlatParameters(p for p in model.parameters() if p.requires_grad)
-        engine.plan = MemoryPlan(keep_weights=False, recompute=False, token_budget=6144)
-        return engine
+        flat = FlatParameters(p for p in model.parameters() if p.requires_grad)
+        plan = MemoryPlan(keep_weights=False, recompute=False, token_budget=6144)
+        return PackedModel(model, flat, plan)
     if method in ("by hand", "weights kept"):
         plan = plan_memory(model, replace(recipe, memory="speed"))
         plan = replace(plan, keep_weights=method == "weights kept")

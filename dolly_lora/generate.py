@@ -14,16 +14,15 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from .config import DollyError, Recipe
 from .data import build_conversation, build_prompt
-from .engine.blocks import fits_llama, is_llama
+from .engine.blocks import is_decodable
 from .engine.decoder import choose, decode_all, uniform_draws
 from .files import file_sha256, JsonlCache
-from .models import base_model, weights_fingerprint
+from .models import weights_fingerprint
 from .runs import hold_run
 
 # %% auto #0
-__all__ = ['Answer', 'read_answer', 'ChooseToken', 'generate_plain', 'is_decodable', 'answer_keys', 'kept_answer',
-           'encode_prompts', 'answer_prompts', 'progress_line', 'generate', 'prompt_builder', 'provenance',
-           'make_answerer']
+__all__ = ['Answer', 'read_answer', 'ChooseToken', 'generate_plain', 'answer_keys', 'kept_answer', 'encode_prompts',
+           'answer_prompts', 'progress_line', 'generate', 'prompt_builder', 'provenance', 'make_answerer']
 
 # %% ../nbs/03a_generate.ipynb #03a006
 @dataclass
@@ -83,14 +82,6 @@ def generate_plain(
                              pad_token_id=tokenizer.pad_token_id)
         yield from zip(batch, out[:, inputs.input_ids.shape[1]:].tolist())
 
-# %% ../nbs/03a_generate.ipynb #3a0a0003
-def is_decodable(
-    model, # a causal language model or PeftModel
-) -> bool: # False: `generate_plain` has to do it
-    "Can `decode_all` answer for this model?"
-    base = base_model(model)
-    return is_llama(base) and (base is model or fits_llama(model))
-
 # %% ../nbs/03a_generate.ipynb #i7296881
 def answer_keys(
     prompts: list[str],        # texts
@@ -145,7 +136,8 @@ def answer_prompts(
     log,                      # gets a line when memory runs out
 ) -> Iterator[tuple[int, Answer]]: # number of a prompt; `DollyError` if one alone is too much
     "Answer prompts the fast way if possible; when memory runs out, with half as many at a time."
-    loop = decode_all if is_decodable(model) else generate_plain
+    longest = max(map(len, encoded), default=0) + max_new_tokens
+    loop = decode_all if is_decodable(model, longest) else generate_plain
     left = dict.fromkeys(todo)
     while left:
         try:

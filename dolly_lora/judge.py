@@ -13,7 +13,6 @@ from typing import Callable, Protocol
 import httpx
 import torch
 from .config import DollyError, Recipe, redact
-from .engine.blocks import is_llama
 from .files import file_sha256, JsonlCache, publish
 from .generate import weights_fingerprint
 from .models import (
@@ -298,11 +297,12 @@ def next_token_logprobs(
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for c in batch], batch_first=True)
         ids = ids.to(model.device)
         last = (range(n), [len(c) - 1 for c in batch])
-        if is_llama(model):
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-            logits = model.lm_head(hidden[last])
-        else:
-            logits = model(input_ids=ids, use_cache=False).logits[last]
+        # the output layer reads each context's last token only; whatever the model does to the
+        # logits after it, a scale or a cap, it still does
+        hook = model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, inputs: (inputs[0][last],))
+        try: logits = model(input_ids=ids, use_cache=False).logits
+        finally: hook.remove()
         out |= dict(zip(batch, logits.float().log_softmax(-1).cpu()))
     return out
 

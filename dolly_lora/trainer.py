@@ -483,7 +483,6 @@ def run_facts(
 ) -> dict: # for the summary of the history
     "What the history says besides the curves: memory, optimizer, engine."
     engine = trainer.engine
-    graphs = getattr(engine, "graphs", None)
     return dict(
         peak_memory_gib=peak_memory() / 2**30,
         optimizer=trainer.args.optim.value,
@@ -492,8 +491,8 @@ def run_facts(
         engine=type(engine).__name__,
         memory=str(engine.plan),
         token_budget=engine.plan.token_budget,
-        graphs=len(graphs.graphs) if graphs else 0,
-        graph_seconds=graphs.seconds if graphs else 0.0)
+        graphs=len(engine.graphs.graphs) if engine.graphs else 0,
+        graph_seconds=engine.graphs.seconds if engine.graphs else 0.0)
 
 # %% ../nbs/02e_trainer.ipynb #i9956253
 def fit(

@@ -1,19 +1,23 @@
 """Which engine, which kernels and which attention are chosen, and the engine's small face."""
 import subprocess
 import sys
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GraniteConfig, MistralConfig, Qwen2Config
 
 import dolly_lora.engine
 from dolly_lora.config import DollyError
-from dolly_lora.engine import Engine, kernels, make_engine, packing
-from dolly_lora.engine.blocks import fits_llama
+from dolly_lora.engine import Decoder, Engine, kernels, make_engine, packing
+from dolly_lora.engine.blocks import fits_llama, is_decodable, is_llama
+from dolly_lora.engine.memory import MemoryPlan, plan_memory
 from dolly_lora.engine.packing import PackedModel, pack
-from dolly_lora.models import tiny_model
-from toys import SHAPE, TINY, adapted, some
+from dolly_lora.engine.step import FusedLlama
+from dolly_lora.models import add_lora, tiny_model
+from toys import SHAPE, TINY, adapted, gradients, plain_engine, some
 
 
 def made(config, **more):
@@ -31,7 +35,8 @@ def test_fallbacks_choose_themselves(capability, fast):
         assert not packing.has_varlen(cuda, torch.float32)
         assert not packing.has_varlen("cpu", torch.bfloat16)
         chosen = kernels.TRITON if fast and kernels.triton else kernels.PLAIN
-        assert kernels.operations(cuda) is chosen
+        assert kernels.operations(cuda) is kernels.operations(cuda, rank=128) is chosen
+        assert kernels.operations(cuda, rank=129) is kernels.PLAIN
         assert kernels.operations("cpu") is kernels.PLAIN
     assert kernels.operations("cpu") is kernels.PLAIN
 
@@ -40,23 +45,103 @@ def test_a_model_with_its_own_scale_of_the_scores():
     granite = made(GraniteConfig, attention_multiplier=0.7)
     ids = torch.tensor(some(1)[0]["input_ids"])
     expected = granite.eval()(input_ids=ids[None]).logits[0]
-    ours = PackedModel(granite).logits(pack(some(1)))
+    ours = plain_engine(granite).logits(pack(some(1)))
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_with_a_short_window_is_refused():
-    mistral = PackedModel(made(MistralConfig, sliding_window=8))
+    mistral = plain_engine(made(MistralConfig, sliding_window=8))
     with pytest.raises(DollyError, match="window of 8"):
         mistral.loss(pack(some()), 1.0)
 
 
 def test_other_architectures_get_the_plain_engine():
     qwen = made(Qwen2Config)
-    assert not fits_llama(qwen) and fits_llama(adapted(tiny_model()))
+    assert not fits_llama(qwen, 256) and fits_llama(adapted(tiny_model()), 256)
     engine = make_engine(qwen, TINY)
     assert isinstance(engine, PackedModel)
-    one = PackedModel(qwen).loss(pack(some()[:1]), 1.0)
+    one = plain_engine(qwen).loss(pack(some()[:1]), 1.0)
     assert engine.loss(pack(some()), 1.0) > one > 0
+
+
+def as_llama(window):
+    """A Mistral that is let in as exercise 3 of 02c asks: by its model type."""
+    torch.manual_seed(0)
+    model = made(MistralConfig, sliding_window=window)
+    model.get_base_model().config.model_type = "llama"
+    return model
+
+
+def test_a_window_must_be_as_long_as_the_texts():
+    short = as_llama(window=255)
+    assert is_llama(short, 255) and fits_llama(short, 255) and is_decodable(short, 255)
+    assert not (is_llama(short, 256) or fits_llama(short, 256) or is_decodable(short, 256))
+    assert isinstance(make_engine(short, TINY), PackedModel)    # max_length=256
+    assert not plan_memory(short, TINY).keep_weights
+    assert isinstance(make_engine(short, replace(TINY, max_length=255)), FusedLlama)
+    with pytest.raises(DollyError, match="up to 1,024 tokens"):
+        FusedLlama(short, MemoryPlan(True, False, 1024))
+    with pytest.raises(DollyError, match="up to 256 tokens"):
+        Decoder(short, 2, slots=1, capacity=256, max_new_tokens=8)
+
+
+def test_a_mistral_within_its_window_trains_with_these_blocks():
+    batch, results = pack(some()), []
+    for make in (plain_engine, lambda m: make_engine(m, TINY)):
+        model = as_llama(window=256)
+        engine = make(model)
+        results.append((engine.loss(batch, 10, gradient=True), gradients(engine, model)))
+    assert isinstance(engine, FusedLlama)
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-5, atol=1e-5)
+
+
+def some_linears_only():
+    return get_peft_model(tiny_model(), LoraConfig(target_modules=["v_proj"]))
+
+
+@pytest.mark.parametrize("model", [
+    lambda: made(Qwen2Config),                                       # biases
+    lambda: made(Qwen2Config).get_base_model(),
+    some_linears_only,
+    lambda: some_linears_only().get_base_model(),                    # PEFT's layers, no PeftModel
+], ids=["qwen", "qwen's base", "adapters on some linears", "a base with them"])
+def test_what_the_blocks_do_not_compute_is_refused(model):
+    model = model()
+    with pytest.raises(DollyError, match="make_engine"):
+        FusedLlama(model, MemoryPlan(True, False, 1024))
+    with pytest.raises(DollyError, match="`generate`"):
+        Decoder(model, 2, slots=1, capacity=64, max_new_tokens=8)
+
+
+def test_a_bias_in_a_linear_is_seen_whatever_the_config_says():
+    model = add_lora(tiny_model(), TINY)
+    assert is_llama(model, 256) and is_llama(model.get_base_model(), 256)
+    linear = model.get_base_model().model.layers[-1].mlp.down_proj.base_layer
+    linear.bias = torch.nn.Parameter(torch.ones(linear.out_features))
+    assert not is_llama(model, 256) and not fits_llama(model, 256)
+
+
+def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused():
+    decoder = Decoder(tiny_model(), 2, slots=2, capacity=20, max_new_tokens=8)
+    draws = torch.zeros(2, 8)
+    with pytest.raises(DollyError, match="13 tokens and 8 new ones exceed the 20"):
+        decoder.prefill([0, 1], [[5], [5] * 13], [0, 0], draws)
+    decoder.prefill([0, 1], [[5], [5] * 12], [0, 0], draws)
+    while decoder.active.any():
+        decoder.step()
+    assert decoder.count.min() > 0
+
+
+def test_the_plain_engines_logits_are_without_dropout_and_gradients():
+    model = adapted(tiny_model(), replace(TINY, lora_dropout=0.5))
+    engine, batch = plain_engine(model), pack(some(2))
+    model.train()
+    logits = engine.logits(batch)
+    assert torch.equal(logits, engine.logits(batch)) and not logits.requires_grad
+    assert model.training                                            # as it was
+    theirs = FusedLlama(model, MemoryPlan(True, False, 1024)).logits(batch)
+    torch.testing.assert_close(logits, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_both_engines_are_engines():

@@ -36,7 +36,7 @@ TOKENIZER = load_tokenizer(PRESETS["tiny"])
 
 def both(model, **how):
     ours = generate(model, TOKENIZER, PROMPTS, 24, **how)
-    with patch("dolly_lora.generate.is_llama", return_value=False):
+    with patch("dolly_lora.generate.is_decodable", return_value=False):
         return ours, generate(model, TOKENIZER, PROMPTS, 24, **how)
 
 

@@ -8,11 +8,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dolly_lora.engine import kernels
 from dolly_lora.engine.memory import MemoryPlan
-from dolly_lora.engine.packing import PackedModel, pack, share_out
+from dolly_lora.engine.packing import pack, share_out
 from dolly_lora.engine.step import FusedLlama
 from dolly_lora.models import load_base, tiny_model
 from dolly_lora.trainer import collate
-from toys import SHAPE, TINY, adapted, gradients, needs_gpu, save_small_llama, some
+from toys import (SHAPE, TINY, adapted, gradients, needs_gpu, plain_engine, save_small_llama,
+                  some)
 
 
 def test_every_example_is_in_one_row():
@@ -30,7 +31,7 @@ def test_step_equals_peft_for_other_ranks_and_heads(rank, heads):
     config = LlamaConfig(**SHAPE, num_hidden_layers=3, num_key_value_heads=heads,
                          tie_word_embeddings=heads == 1)
     batch, results = pack(some()), []
-    for make in (PackedModel, lambda m: FusedLlama(m, MemoryPlan(True, True, 1024))):
+    for make in (plain_engine, lambda m: FusedLlama(m, MemoryPlan(True, True, 1024))):
         torch.manual_seed(0)
         model = adapted(LlamaForCausalLM(config), replace(TINY, lora_r=rank))
         engine = make(model)
@@ -71,7 +72,7 @@ def test_half_precision_as_on_a_t4():
 
 
 def test_rows_of_a_step_drop_on_their_own_on_the_plain_path():
-    engine = PackedModel(adapted(tiny_model(), replace(TINY, lora_dropout=0.5)))
+    engine = plain_engine(adapted(tiny_model(), replace(TINY, lora_dropout=0.5)))
     losses = [engine.loss(pack(some(1), [start]), 1.0, 3) for start in (0, 0, 500)]
     assert losses[0] == losses[1] != losses[2]
 
@@ -105,7 +106,7 @@ def test_gpu_bf16_is_as_near_to_the_truth_as_the_plain_path(small, plan):
     """Truth: the dequantised weights in float32. The fast path may be no further from it
     than PEFT in bf16 is, with a little room."""
     recipe, batch, results = replace(small, lora_dropout=0.0), pack(some(16)), []
-    for load, make in ((dequantised, PackedModel), (load_base, PackedModel),
+    for load, make in ((dequantised, plain_engine), (load_base, plain_engine),
                        (load_base, lambda m: FusedLlama(m, plan))):
         model = adapted(load(recipe), recipe)
         engine = make(model)

@@ -7,6 +7,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dolly_lora.config import PRESETS
+from dolly_lora.engine.blocks import FlatParameters
+from dolly_lora.engine.memory import MemoryPlan
+from dolly_lora.engine.packing import PackedModel
 from dolly_lora.engine.step import FusedLlama
 from dolly_lora.hardware import is_ampere
 from dolly_lora.models import add_lora, tiny_tokenizer
@@ -34,6 +37,12 @@ def adapted(model, recipe=TINY):
             if "lora_B" in n:
                 torch.nn.init.normal_(p, std=0.02)
     return model
+
+
+def plain_engine(model):
+    """The engine that leaves the gradients to transformers and PEFT."""
+    plan = MemoryPlan(keep_weights=False, recompute=False, token_budget=1024)
+    return PackedModel(model, FlatParameters(p for p in model.parameters() if p.requires_grad), plan)
 
 
 def gradients(engine, model):

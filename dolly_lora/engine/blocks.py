@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
-from .kernels import Dropout
+from .kernels import Dropout, Operations
 from .packing import has_varlen, PackedBatch
-from ..models import head_dim
+from ..models import attention_obstacle, base_model, head_dim
 
 # %% auto #0
 __all__ = ['FlatParameters', 'Workspace', 'LoRAGroup', 'LoRAActivations', 'group_forward', 'group_backward', 'Block',
            'BlockActivations', 'block_activations', 'block_forward', 'deterministic', 'block_backward', 'input_groups',
-           'is_llama', 'fits_llama', 'llama_blocks', 'hold_weights', 'angles_at', 'hidden_states', 'output_logits']
+           'is_llama', 'fits_llama', 'is_decodable', 'lora_rank', 'llama_blocks', 'hold_weights', 'angles_at',
+           'hidden_states', 'output_logits']
 
 # %% ../../nbs/02c_blocks.ipynb #02c006
 class FlatParameters:
@@ -46,11 +47,18 @@ class Workspace:
 
 class LoRAGroup:
     "LoRA linears that share their input, as one: PEFT's layers, PEFT's parameters."
+    scale: float   # of the adapters' part; like `dropout`, only where there are adapters
+    dropout: float # share of the input that each adapter does not see
+    a: torch.Tensor  # from `bind`: all A [linears × r, inputs], in the computing precision
+    b: torch.Tensor  # all B, transposed [r, outputs of all]
+    da: torch.Tensor # gradient of `a`, float32
+    db: torch.Tensor # gradient of `b`, float32
+
     def __init__(self,
         layers,     # linears without bias: PEFT LoRA layers with one adapter, or plain ones
         linear_index: int,    # number of the first among the model's linears: names its dropout masks
         workspace: Workspace, # shared with the same group of the other blocks
-        ops,        # PLAIN or TRITON, from `operations`
+        ops: Operations,      # from `operations`
     ):
         self.layers, self.linear_index, self.workspace, self.ops = layers, linear_index, workspace, ops
         self.base = [getattr(l, "base_layer", l) for l in layers]
@@ -168,13 +176,13 @@ class BlockActivations(NamedTuple):
     x: torch.Tensor         # the block's input [tokens, features]
     normed1: torch.Tensor   # after the first norm [tokens, features]
     scale1: torch.Tensor    # of the first norm [tokens, 1]
-    qkv: LoRAActivations
+    qkv_lora: LoRAActivations
     q: torch.Tensor         # rotated queries [tokens, heads, head_dim]
     k: torch.Tensor         # rotated keys [tokens, key heads, head_dim]
     v: torch.Tensor         # values, like k
     attended: torch.Tensor  # attention's result [tokens, heads, head_dim], which autograd knows
     joined: torch.Tensor    # the same without it [tokens, heads × head_dim]
-    o: LoRAActivations
+    o_lora: LoRAActivations
     y: torch.Tensor         # the residual stream after attention [tokens, features]
     normed2: torch.Tensor   # after the second norm [tokens, features]
     scale2: torch.Tensor    # of the second norm [tokens, 1]
@@ -257,12 +265,12 @@ def block_backward(
     branch = group_backward(block.gate_up, branch, s.normed2, s.gate_up_lora)
     grad = ops.rms_norm_backward(branch, s.y, block.norm2, s.scale2, grad)
     # attention, and the residual connection around it
-    branch = group_backward(block.o, grad, s.joined, s.o).view_as(s.attended)
+    branch = group_backward(block.o, grad, s.joined, s.o_lora).view_as(s.attended)
     fast = has_varlen(grad.device, grad.dtype, block.head_dim)
     with deterministic() if fast else contextlib.nullcontext():
         grad_qkv = torch.autograd.grad(s.attended, (s.q, s.k, s.v), branch)
     branch = ops.rotate_backward(*grad_qkv, *angles)
-    branch = group_backward(block.qkv, branch, s.normed1, s.qkv, needs_input_grad)
+    branch = group_backward(block.qkv, branch, s.normed1, s.qkv_lora, needs_input_grad)
     if not needs_input_grad: return None
     return ops.rms_norm_backward(branch, s.x, block.norm1, s.scale1, grad)
 
@@ -276,26 +284,45 @@ def input_groups(
             [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
 
 def is_llama(
-    base, # a transformers model
-) -> bool:
-    "Is it a Llama as the blocks here compute it? No biases, fixed angles, sizes in sixteens."
+    model, # a transformers model, or a PeftModel of one
+    tokens: int, # of the longest text that it will be given
+) -> bool: # False: transformers has to compute it
+    "Is it a Llama as the blocks here compute it, for texts of this length?"
+    # What a model of type "llama" is trusted to be: causal attention with scores scaled by
+    # 1 / sqrt(head_dim), RMS norms before attention and before the MLP, and nowhere else; residual
+    # connections and logits without a factor; linears of torch or bitsandbytes' NF4. Another model
+    # type that is let in here must be all of that. What can differ from one Llama to the next:
+    base = base_model(model)
     config = base.config
-    biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
-    if config.model_type != "llama" or biased or config.hidden_act != "silu": return False
+    if config.model_type != "llama" or config.hidden_act != "silu": return False
+    if attention_obstacle(config, tokens): return False  # a window shorter than the text, for one
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"): return False  # their angles depend on the length of the text
-    linears = [l for layer in base.model.layers for group in input_groups(layer) for l in group]
+    linears = [getattr(l, "base_layer", l) for layer in base.model.layers
+               for group in input_groups(layer) for l in group]
+    if any(l.bias is not None for l in linears): return False
+    # a kernel's program computes 16 outputs or more, all of the same linear
     return all(l.out_features % 16 == 0 for l in linears)
 
 def fits_llama(
-    model, # PeftModel
+    model, # a causal language model; only a PeftModel can be trained
+    tokens: int, # of the longest example
 ) -> bool:
     "Can `FusedLlama` train it? A Llama, one plain LoRA adapter, on just the seven linears of each block."
+    if not hasattr(model, "get_base_model") or not is_llama(model, tokens): return False
     base, names = model.get_base_model(), model.active_adapters
-    if not is_llama(base) or len(names) != 1: return False
+    if len(names) != 1: return False
     if sum(hasattr(m, "lora_A") for m in base.modules()) != 7 * len(base.model.layers): return False
     groups = [group for layer in base.model.layers for group in input_groups(layer)]
     return all(_plain_lora(group, names[0]) for group in groups)
+
+def is_decodable(
+    model, # a causal language model or PeftModel, its adapters on or off
+    tokens: int, # of the longest prompt and its answer together
+) -> bool: # False: transformers' `generate` has to do it
+    "Can a `Decoder` answer for it? A Llama without adapters, or a PeftModel that `fits_llama`."
+    if base_model(model) is not model: return fits_llama(model, tokens)
+    return is_llama(model, tokens) and not any(hasattr(m, "lora_A") for m in model.modules())
 
 def _plain_lora(group, name): # one rank and scale, no bias, no DoRA, not merged
     if not all(hasattr(l, "lora_A") and name in l.lora_A for l in group): return False
@@ -303,10 +330,16 @@ def _plain_lora(group, name): # one rank and scale, no bias, no DoRA, not merged
               for l in group)
     return not odd and len({(l.scaling[name], l.r[name]) for l in group}) == 1
 
+def lora_rank(
+    model, # a causal language model or PeftModel
+) -> int: # 0: it has no adapters
+    "The rank of a model's adapters, the largest if there are several."
+    return max((p.shape[0] for n, p in model.named_parameters() if "lora_A" in n), default=0)
+
 # %% ../../nbs/02c_blocks.ipynb #i7153838
 def llama_blocks(
     base, # a transformers model for which `is_llama`, PEFT's layers in it or not
-    ops,  # PLAIN or TRITON
+    ops: Operations, # from `operations`
 ) -> tuple[list[Block], list[LoRAGroup]]: # the blocks, and all their groups
     "A model's layers as blocks; its parameters stay where they are."
     config, blocks = base.config, []

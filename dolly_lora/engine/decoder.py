@@ -10,10 +10,11 @@ from typing import Iterable, Iterator, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ..config import DollyError
 from .blocks import (
-    angles_at, hidden_states, hold_weights, llama_blocks, output_logits)
+    angles_at, hidden_states, hold_weights, is_decodable, llama_blocks, lora_rank, output_logits)
 from .graphs import GraphRecorder
-from .kernels import jit, next_power_of_2, operations, PLAIN, tl
+from .kernels import jit, next_power_of_2, operations, tl
 from .packing import attend, pack
 from ..hardware import free_memory
 from ..models import base_model, head_dim
@@ -94,19 +95,39 @@ def uniform_draws(
 
 # %% ../../nbs/03f_decoder.ipynb #03a02217
 class Decoder:
-    "The slots of a Llama that answers, with its adapters if they are on."
+    """The slots of a Llama that answers, with its adapters as they are when it is made.
+
+    `prefill` reads prompts into free slots and takes their first tokens; `step` then adds a token to
+    every active slot. Call it until `active[s]` is False: the answer of slot s is `out[s, :count[s]]`,
+    its end token included if it wrote one, and the slot is free for the next prompt.
+    All arrays below lie on the model's device.
+    """
+    out: torch.Tensor    # int64 [slots, max_new_tokens]: the answers so far
+    count: torch.Tensor  # int64 [slots]: tokens of each answer
+    active: torch.Tensor # bool [slots]: is an answer being written?
+    tokens: torch.Tensor # int64 [slots]: the last token of each answer
+    kv_lengths: torch.Tensor  # int64 [slots]: tokens in each slot's cache
+    cache: torch.Tensor  # [blocks, 2 (keys, values), slots, key heads, capacity, head_dim]
+    temperature: torch.Tensor # float32 [slots]
+    draws: torch.Tensor  # float32 [slots, max_new_tokens]: the random numbers of each answer
+    graph: torch.cuda.CUDAGraph | None # a recorded step; None: each step is launched
+
     def __init__(self,
-        model,               # for which `is_llama`, or a PeftModel of one
+        model,               # `DollyError` unless `is_decodable`; later changes of adapters do not count
         eos: int,            # the end token
         slots: int,          # answers at a time
         capacity: int,       # tokens of prompt and answer together, at most
         max_new_tokens: int, # of an answer
         keep_weights: bool = True, # hold NF4 weights dequantised
     ):
-        ops = operations(model.device)
+        if not is_decodable(model, capacity):
+            raise DollyError(f"a Decoder computes a Llama without adapters, or with one plain LoRA adapter "
+                             f"on all its linears, for texts of up to {capacity:,} tokens, and this "
+                             f"model is something else: `generate` finds the way to answer for it")
+        ops = operations(model.device, lora_rank(model))
         self.base, self.eos, self.graph = base_model(model), eos, None
-        self.fixed = 0 if ops is PLAIN else 2048  # tokens of a packed batch of prompts; 0: as they come
-        self.attend = attend_cached if ops is PLAIN else _attend_cached_triton
+        self.fixed = 2048 if ops.fused else 0  # tokens of a packed batch of prompts; 0: as they come
+        self.attend = _attend_cached_triton if ops.fused else attend_cached
         device, dtype = self.base.device, self.base.lm_head.weight.dtype
         self.blocks, groups = llama_blocks(self.base, ops)
         hold_weights(groups, keep_weights, dtype)
@@ -117,17 +138,14 @@ class Decoder:
 
         def zeros(*shape, dtype=torch.int64): return torch.zeros(shape, dtype=dtype, device=device)
         first = self.blocks[0]
-        # for each block, keys and values: [slots, key heads, capacity, head_dim]
         self.cache = zeros(len(self.blocks), 2, slots, first.key_heads, capacity, first.head_dim, dtype=dtype)
         self.slot = torch.arange(slots, device=device)
-        self.tokens = zeros(slots)               # the last one of each slot
-        self.kv_lengths = zeros(slots)           # tokens in its cache
-        self.out = zeros(slots, max_new_tokens)  # its answer
-        self.count = zeros(slots)                # tokens of its answer
+        self.tokens, self.kv_lengths, self.count = zeros(slots), zeros(slots), zeros(slots)
+        self.out = zeros(slots, max_new_tokens)
         self.temperature = zeros(slots, dtype=torch.float32)
         self.draws = zeros(slots, max_new_tokens, dtype=torch.float32)
-        self.active = zeros(slots, dtype=torch.bool)  # is it at work?
-        if ops is not PLAIN:  # recorded while no slot is at work: nothing changes
+        self.active = zeros(slots, dtype=torch.bool)
+        if ops.fused:  # recorded while no slot is at work: nothing changes
             with torch.inference_mode():
                 advance = lambda: self._advance(capacity)
                 self.graph = GraphRecorder().record(advance, warm_up=advance)
@@ -135,11 +153,16 @@ class Decoder:
     @torch.inference_mode()
     def prefill(self,
         slots: list[int],         # free ones
-        prompts: list[list[int]], # token ids, one prompt a slot
+        prompts: list[list[int]], # token ids, one prompt a slot; `DollyError` if one leaves no
+                                  # room in the slot's capacity for `max_new_tokens`
         temperature,              # one number a prompt; 0: greedy
         draws,                    # float32 [max_new_tokens] a prompt, from `uniform_draws`
     ):
         "Read prompts into slots and take their first tokens."
+        capacity, longest = self.cache.shape[4], max(len(p) for p in prompts)
+        if longest + self.out.shape[1] > capacity:
+            raise DollyError(f"a prompt of {longest:,} tokens and {self.out.shape[1]:,} new ones "
+                             f"exceed the {capacity:,} tokens of a slot")
         device, lengths = self.cache.device, torch.tensor([len(p) for p in prompts])
         last = self.cache.new_zeros(len(self.slot), self.base.config.hidden_size)
         for numbers in in_batches(lengths.tolist(), self.fixed or 10**9):
@@ -217,7 +240,7 @@ class SlotPlan(NamedTuple):
 
 # %% ../../nbs/03f_decoder.ipynb #i03f0007
 def plan_slots(
-    model,               # for which `is_llama`, or a PeftModel of one
+    model,               # for which `is_decodable`
     lengths: list[int],  # tokens of all prompts of the job
     max_new_tokens: int, # of an answer
     most: int,           # slots, at most
@@ -243,7 +266,7 @@ def plan_slots(
 
 # %% ../../nbs/03f_decoder.ipynb #i5348877
 def decode_all(
-    model,               # for which `is_llama`, or a PeftModel of one
+    model,               # for which `is_decodable`
     tokenizer,           # of which only `eos_token_id` is used
     encoded: list[list[int]], # token ids of all prompts of the job
     temperature,         # one number a prompt; 0: greedy

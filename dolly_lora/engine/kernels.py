@@ -5,7 +5,8 @@
 # %% ../../nbs/02b_kernels.ipynb #02b003
 from __future__ import annotations
 import zlib
-from types import SimpleNamespace
+from dataclasses import dataclass
+from typing import Callable
 import torch
 import torch.nn.functional as F
 from ..hardware import is_ampere
@@ -14,9 +15,9 @@ try: import triton, triton.language as tl
 except ImportError: triton = tl = None
 
 # %% auto #0
-__all__ = ['KINDS', 'PLAIN', 'TRITON', 'plot_ablation', 'jit', 'next_power_of_2', 'rms_norm', 'rms_norm_backward', 'rotate_',
-           'rotate_backward', 'swiglu', 'swiglu_backward', 'Dropout', 'lora_down', 'lora_up_', 'lora_grad_',
-           'cross_entropy_', 'operations']
+__all__ = ['KINDS', 'PLAIN', 'TRITON', 'MAX_RANK', 'plot_ablation', 'jit', 'next_power_of_2', 'rms_norm', 'rms_norm_backward',
+           'rotate_', 'rotate_backward', 'swiglu', 'swiglu_backward', 'Dropout', 'lora_down', 'lora_up_', 'lora_grad_',
+           'cross_entropy_', 'Operations', 'operations']
 
 # %% ../../nbs/02b_kernels.ipynb #02b006
 KINDS = {"matrix products": "#4477aa", "attention": "#66ccee", "LoRA": "#228833", "NF4 to bf16": "#ccbb44",
@@ -510,18 +511,40 @@ def _cross_entropy_triton(logits, targets, num_items, gradient):
     return loss.sum()
 
 # %% ../../nbs/02b_kernels.ipynb #02b054
-PLAIN = SimpleNamespace(name="PyTorch", rms_norm=rms_norm, rms_norm_backward=rms_norm_backward,
-                        rotate_=rotate_, rotate_backward=rotate_backward, swiglu=swiglu,
-                        swiglu_backward=swiglu_backward, lora_down=lora_down, lora_up_=lora_up_,
-                        lora_grad_=lora_grad_, cross_entropy_=cross_entropy_)
-TRITON = SimpleNamespace(
-    name="Triton", rms_norm=_rms_norm_triton, rms_norm_backward=_rms_norm_backward_triton,
+@dataclass(frozen=True)
+class Operations:
+    "One implementation of every operation; what they take and give is said at the functions above."
+    name: str   # of the implementation, for people
+    fused: bool # kernels that can be recorded and replayed? False: formulas in PyTorch
+    rms_norm: Callable
+    rms_norm_backward: Callable
+    rotate_: Callable
+    rotate_backward: Callable
+    swiglu: Callable
+    swiglu_backward: Callable
+    lora_down: Callable
+    lora_up_: Callable
+    lora_grad_: Callable
+    cross_entropy_: Callable
+
+PLAIN = Operations(
+    name="PyTorch", fused=False, rms_norm=rms_norm, rms_norm_backward=rms_norm_backward,
+    rotate_=rotate_, rotate_backward=rotate_backward, swiglu=swiglu,
+    swiglu_backward=swiglu_backward, lora_down=lora_down, lora_up_=lora_up_,
+    lora_grad_=lora_grad_, cross_entropy_=cross_entropy_)
+TRITON = Operations(
+    name="Triton", fused=True, rms_norm=_rms_norm_triton, rms_norm_backward=_rms_norm_backward_triton,
     rotate_=_rotate_triton, rotate_backward=_rotate_backward_triton, swiglu=_swiglu_triton,
     swiglu_backward=_swiglu_backward_triton, lora_down=_lora_down_triton, lora_up_=_lora_up_triton,
     lora_grad_=_lora_grad_triton, cross_entropy_=_cross_entropy_triton)
 
+# the kernels keep the whole rank in a tile: at 256 the three tiles that `_down` loads ahead
+# would take 192 KB, more than a program of an A100 can have
+MAX_RANK = 128
+
 def operations(
     device: torch.device, # of the model
-) -> SimpleNamespace: # PLAIN or TRITON
-    "The operations a device can run: Triton on cards of compute capability 8.0 and up, PyTorch elsewhere."
-    return TRITON if triton and is_ampere(device) else PLAIN
+    rank: int = 0,        # of its adapters; 0: it has none
+) -> Operations: # PLAIN or TRITON
+    "What a device can run: Triton from compute capability 8.0 and up to MAX_RANK, PyTorch elsewhere."
+    return TRITON if triton and is_ampere(device) and rank <= MAX_RANK else PLAIN

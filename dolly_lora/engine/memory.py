@@ -6,7 +6,7 @@
 from __future__ import annotations
 from dataclasses import dataclass
 from ..config import Recipe
-from .blocks import fits_llama
+from .blocks import fits_llama, lora_rank
 from .kernels import operations
 from ..hardware import free_memory
 from ..models import linear_shapes
@@ -37,7 +37,7 @@ def plan_memory(
     free: int | None = None, # bytes; default: what the card has left
 ) -> MemoryPlan: # the fastest that fits; with `memory="frugal"`, the smallest
     "Decide how a step spends the memory there is."
-    fused = fits_llama(model)
+    fused = fits_llama(model, recipe.max_length)
     limits = dict(examples=recipe.batch_size, longest=recipe.max_length)
     if model.device.type == "cpu" and free is None:  # unquantised: there is nothing to keep twice
         budget = max(1024, recipe.max_length)
@@ -45,7 +45,7 @@ def plan_memory(
 
     # what there is
     if free is None: free = free_memory()
-    formulas = model.device.type == "cuda" and operations(model.device).name == "PyTorch"
+    formulas = model.device.type == "cuda" and not operations(model.device, lora_rank(model)).fused
     if not fused or formulas: free = free // 2
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     room = 0.9 * free - 16 * trainable - 2**30  # weight, gradient and two moments in float32

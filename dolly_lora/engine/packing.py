@@ -13,6 +13,7 @@ from ..config import DollyError
 from ..hardware import is_ampere
 if TYPE_CHECKING:
     from dolly_lora.engine.blocks import FlatParameters
+    from dolly_lora.engine.graphs import StepGraphs
     from dolly_lora.engine.memory import MemoryPlan
 
 # %% auto #0
@@ -180,13 +181,12 @@ def packed_attention(
 # %% ../../nbs/02a_packing.ipynb #02a02214
 class PackedModel:
     "Loss and gradients of a packed batch by transformers, PEFT and autograd."
-    flat: FlatParameters # what the optimizer updates
-    plan: MemoryPlan     # the token budget
+    graphs: StepGraphs | None = None # nothing is recorded
 
     def __init__(self,
         model, # PeftModel of a decoder with plain causal attention that takes `position_ids`
-        flat=None, # its trainable parameters as a `FlatParameters`; `make_engine` gives them
-        plan=None, # its `MemoryPlan`; `make_engine` gives it
+        flat: FlatParameters, # its trainable parameters
+        plan: MemoryPlan,     # the token budget of a batch
     ):
         from transformers import AttentionInterface
         AttentionInterface.register("dolly_packed", packed_attention)
@@ -195,20 +195,27 @@ class PackedModel:
         self.flat, self.plan = flat, plan
         self.varlen = has_varlen(model.device, model.dtype)
 
-    def logits(self,
-        batch: PackedBatch, # on any device
-    ) -> torch.Tensor: # [tokens, vocabulary]
-        "The model's prediction at every token."
+    def _predict(self, batch): # logits; dropout and gradients as they are set outside
         batch = batch.to(self.base.get_input_embeddings().weight.device)
         out = self.base(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None],
                         use_cache=False, packed_batch=batch)
         return out.logits[0]
 
+    @torch.no_grad()
+    def logits(self,
+        batch: PackedBatch, # on any device
+    ) -> torch.Tensor: # [tokens, vocabulary]
+        "The predictions at every token, without dropout."
+        training = self.model.training
+        self.model.eval()
+        try: return self._predict(batch)
+        finally: self.model.train(training)
+
     def loss(self,
         batch: PackedBatch, # on any device
         num_items,          # number of learnt tokens in the whole step
-        seed: int | None = None, # of the dropout; None: no dropout
-        gradient: bool = False,  # also add the gradients to the parameters'
+        seed: int | torch.Tensor | None = None, # of the dropout; None: no dropout
+        gradient: bool = False, # also add the gradients to the parameters'
     ) -> torch.Tensor: # negative log-probability of the targets in nats, divided by `num_items`
         "Forward pass, and if asked for the backward pass."
         self.model.train(seed is not None)
@@ -216,7 +223,7 @@ class PackedModel:
         with torch.set_grad_enabled(gradient), torch.random.fork_rng(devices):
             if seed is not None:  # each batch of a step drops in its own way
                 torch.manual_seed(zlib.crc32(f"{int(seed)} {batch.starts[0]}".encode()))
-            logits = self.logits(batch)
+            logits = self._predict(batch)
             nll = F.cross_entropy(logits.float(), batch.targets.to(logits.device), ignore_index=-100,
                                   reduction="sum")
             loss = nll / num_items

@@ -6,12 +6,12 @@
 from __future__ import annotations
 from typing import Protocol, runtime_checkable
 import torch
-from ..config import Recipe
+from ..config import DollyError, Recipe
 from .blocks import (
     angles_at, block_activations, block_backward, fits_llama, FlatParameters, hidden_states, hold_weights,
-    llama_blocks, output_logits)
+    llama_blocks, lora_rank, output_logits)
 from .graphs import StepGraphs
-from .kernels import operations, PLAIN
+from .kernels import Operations, operations
 from .memory import MemoryPlan, plan_memory
 from .packing import attend, has_varlen, PackedBatch, PackedModel
 
@@ -25,6 +25,7 @@ class Engine(Protocol):
     flat: FlatParameters # the adapters and their gradients, for the optimizer
     plan: MemoryPlan     # the token budget of a batch
     varlen: bool         # is attention computed over a whole batch at once? (for the log)
+    graphs: StepGraphs | None # its recorded steps; None: it records none
 
     def logits(self,
         batch: PackedBatch, # on any device
@@ -49,16 +50,24 @@ class Engine(Protocol):
 # %% ../../nbs/02d_step.ipynb #02c024
 class FusedLlama:
     "Loss and gradients of a packed batch for PEFT LoRA on a Llama, by hand."
+    flat: FlatParameters # the adapters and their gradients, for the optimizer
+    plan: MemoryPlan     # what is kept, and how large a batch can be
+    varlen: bool         # is attention computed over a whole batch at once?
+    graphs: StepGraphs | None # its recorded steps; None: it records none
+
     def __init__(self,
-        model,             # PeftModel for which `fits_llama`; adapters in float32
-        plan: MemoryPlan,  # from `plan_memory`
+        model,             # PeftModel, adapters in float32; `DollyError` unless `fits_llama`
+        plan: MemoryPlan,  # from `plan_memory`; no example may be longer than its `longest`
         graphs: bool = True, # replay recorded steps where the attention allows it
-        ops=None,          # PLAIN or TRITON; default: what the device can run
+        ops: Operations | None = None, # default: what the device can run
     ):
+        if not fits_llama(model, plan.longest):
+            raise DollyError(f"FusedLlama computes one plain LoRA adapter on all linears of a Llama, for "
+                             f"examples of up to {plan.longest:,} tokens, and this model is something "
+                             f"else: `make_engine` finds the engine for it")
         self.base, self.plan, self.device = model.get_base_model(), plan, model.device
         self.dtype = self.base.lm_head.weight.dtype
-        rank = next(p.shape[0] for n, p in model.named_parameters() if "lora_A" in n)
-        self.ops = ops or (operations(self.device) if rank <= 128 else PLAIN)
+        self.ops = ops or operations(self.device, lora_rank(model))
         self.blocks, groups = llama_blocks(self.base, self.ops)
         hold_weights(groups, plan.keep_weights, self.dtype)
         self.flat = FlatParameters(p for g in groups for p in g.A + g.B)
@@ -67,7 +76,7 @@ class FusedLlama:
         start = 0
         for g in groups: start = g.bind(start, self.low, self.flat.grad)
         self.varlen = has_varlen(self.device, self.dtype, self.blocks[0].head_dim)
-        replay = graphs and self.ops.name == "Triton" and self.varlen
+        replay = graphs and self.ops.fused and self.varlen
         self.graphs = StepGraphs(self) if replay else None
 
     def _hidden(self, batch, angles, seed=None, tape=None):
@@ -140,7 +149,7 @@ def make_engine(
 ) -> Engine: # FusedLlama, or PackedModel for another architecture
     "The fastest engine for this model on this machine."
     plan = plan_memory(model, recipe)
-    if fits_llama(model): return FusedLlama(model, plan)
+    if fits_llama(model, recipe.max_length): return FusedLlama(model, plan)
     if plan.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
