@@ -76,7 +76,7 @@ def matrix_rate(
 # %% ../nbs/02f_bench.ipynb #02d011
 METHODS = {  # name -> what it is
     "stock": "TRL and PEFT as documented: 4 x 4 padded, checkpointing",
-    "padding-free": "one row a step through transformers and PEFT; one flat update",
+    "padding-free": "one packed batch a step through transformers and PEFT; one flat update",
     "by hand": "forward and backward written by hand, weights dequantised when needed",
     "weights kept": "the same, weights dequantised once",
     "speed": "the same, replayed as CUDA graphs",

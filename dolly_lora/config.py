@@ -10,8 +10,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 # %% auto #0
-__all__ = ['KEYS', 'PRESETS', 'MODEL_NAMES', 'login_forms', 'redact', 'DollyError', 'ConfigError', 'suggest', 'Recipe',
-           'check_recipe', 'parse_overrides', 'is_project', 'project_root', 'short_path', 'sample_path', 'resolve']
+__all__ = ['PRESETS', 'MODEL_NAMES', 'KEYS', 'Recipe', 'check_recipe', 'login_forms', 'redact', 'DollyError', 'ConfigError',
+           'suggest', 'parse_overrides', 'is_project', 'project_root', 'short_path', 'sample_path', 'resolve']
 
 # %% ../nbs/00_config.ipynb #141ce964
 # bitsandbytes warns of a missing kernel when it is imported on a CPU
@@ -21,58 +21,10 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 # transformers warns of settings that its own callers chose
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error");
 
-# %% ../nbs/00_config.ipynb #redact01
-def login_forms(
-    address: str, # an endpoint, perhaps with `user:password@` before its host
-) -> set[str]: # empty when the address holds no login
-    "The login of an address: as it is written, as a header sends it, and its password alone."
-    found = re.match(r"(?:[^/]*//)?([^/?#]*)@", address)
-    if not found:
-        return set()
-    user, _, password = found[1].partition(":")
-    plain = f"{unquote(user)}:{unquote(password)}"
-    header = base64.b64encode(plain.encode("utf-8", "surrogateescape")).decode()
-    return {found[1], plain, header, password, unquote(password)}
-
-# %% ../nbs/00_config.ipynb #gb1bf513
-KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment variables
-
-def redact(
-    text: str, # a message, a line of a log
-) -> str: # with `***` for each key of eight characters or more, each login of four or more
-    "Text without this process's keys and passwords."
-    keys = {os.environ.get(name, "").strip() for name in KEYS}
-    logins = login_forms(os.environ.get("OPENAI_BASE_URL", "").strip())
-    secrets = {k for k in keys if len(k) >= 8} | {l for l in logins if len(l) >= 4}
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return text
-
-# %% ../nbs/00_config.ipynb #e95c6ac6
-class DollyError(ValueError):
-    "A mistake the user can mend: one line that says what, where and the remedy, without a secret."
-    def __init__(self, message: str = ""):
-        super().__init__(redact(str(message)))
-
-    def _render_traceback_(self) -> list[str]:
-        return [f"{type(self).__name__}: {self}"]
-
-class ConfigError(DollyError):
-    "A preset, parameter or run folder that does not make sense."
-
-# %% ../nbs/00_config.ipynb #g06e06ba
-def suggest(
-    word: str, # what was typed
-    known,     # the words that exist
-) -> str: # the end of a message: the nearest word, or all of them when none is near
-    "What the user may have meant."
-    near = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {near[0]}?)" if near else f" (one of {', '.join(known)})"
-
 # %% ../nbs/00_config.ipynb #c6a8aaf5
 @dataclass(frozen=True)
 class Recipe:
-    "Every hyperparameter of the course; the defaults are the assignment's."
+    "Every hyperparameter of the course; the defaults are the assignment's, but for the optimizer."
     preset: str = "llama2"               # the preset this recipe started from
     base: str = "meta-llama/Llama-2-7b-hf" # hub id, folder, `smollm2` (packaged), `tiny` (random)
     revision: str = "01c7f73d771dfac7d292323805ebc428287df4f9" # commit of the hub repository
@@ -169,6 +121,54 @@ MODEL_NAMES = {  # base -> its name for people
     "tiny": "a random two-layer Llama",
     "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B",
     "random-7b": "LLaMA-2-7B's shape, random weights"}
+
+# %% ../nbs/00_config.ipynb #redact01
+def login_forms(
+    address: str, # an endpoint, perhaps with `user:password@` before its host
+) -> set[str]: # empty when the address holds no login
+    "The login of an address: as it is written, as a header sends it, and its password alone."
+    found = re.match(r"(?:[^/]*//)?([^/?#]*)@", address)
+    if not found:
+        return set()
+    user, _, password = found[1].partition(":")
+    plain = f"{unquote(user)}:{unquote(password)}"
+    header = base64.b64encode(plain.encode("utf-8", "surrogateescape")).decode()
+    return {found[1], plain, header, password, unquote(password)}
+
+# %% ../nbs/00_config.ipynb #gb1bf513
+KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment variables
+
+def redact(
+    text: str, # a message, a line of a log
+) -> str: # with `***` for each key of eight characters or more, each login of four or more
+    "Text without this process's keys and passwords."
+    keys = {os.environ.get(name, "").strip() for name in KEYS}
+    logins = login_forms(os.environ.get("OPENAI_BASE_URL", "").strip())
+    secrets = {k for k in keys if len(k) >= 8} | {l for l in logins if len(l) >= 4}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+# %% ../nbs/00_config.ipynb #e95c6ac6
+class DollyError(ValueError):
+    "A mistake the user can mend: one line that says what, where and the remedy, without a secret."
+    def __init__(self, message: str = ""):
+        super().__init__(redact(str(message)))
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+class ConfigError(DollyError):
+    "A preset, parameter or run folder that does not make sense."
+
+# %% ../nbs/00_config.ipynb #g06e06ba
+def suggest(
+    word: str, # what was typed
+    known,     # the words that exist
+) -> str: # the end of a message: the nearest word, or all of them when none is near
+    "What the user may have meant."
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else f" (one of {', '.join(known)})"
 
 # %% ../nbs/00_config.ipynb #cc7af6ab
 def parse_overrides(

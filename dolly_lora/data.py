@@ -57,7 +57,7 @@ def split(
     recipe: Recipe,      # `seed`, `val_fraction`, `test_fraction`
 ) -> dict[str, list[dict]]: # train, val and test
     "Stratify by category, keep records of one passage together, depend on text and seed alone."
-    def place(row):  # in line: as good as random, always the same, and equal for one passage
+    def place(row):  # a place in the queue, from a hash: same passage, same place
         passage = normalise(row["context"] or row["instruction"])
         return hashlib.sha256(f"{recipe.seed}\0{passage}".encode()).hexdigest()
 

@@ -330,7 +330,7 @@ def attention_obstacle(
     config,          # of a model
     max_length: int, # tokens of the longest example
 ) -> str | None: # in words; None: there is none
-    "Why rows of examples cannot be trained on."
+    "Why a model cannot be trained on packed examples."
     def get(name):
         return getattr(config, name, None)
     if get("is_encoder_decoder") or get("use_bidirectional_attention"):

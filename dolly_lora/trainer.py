@@ -102,9 +102,9 @@ def evaluation_loop(self: DollyTrainer, dataloader, description, prediction_loss
 # %% ../nbs/02e_trainer.ipynb #i6876947
 def collate(
     examples: list[dict], # input_ids and labels of a step, or of a batch of the validation split
-    token_budget: int,    # tokens a row may have
+    token_budget: int,    # tokens that a packed batch may have
 ) -> dict[str, list]:     # `rows`, a list of PackedBatch
-    "Pack the examples of a batch into as few rows as the budget allows."
+    "Pack the examples of a batch into as few packed batches as the budget allows."
     lengths = [len(e["input_ids"]) for e in examples]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     rows = [pack([examples[i] for i in chosen], [starts[i] for i in chosen])
@@ -440,7 +440,7 @@ def build_trainer(
     data: dict,      # `train` and `val`, each as `encode_split` gives it
     log,             # gets the live lines
     resuming: bool,  # from a checkpoint
-    shrink: int = 1, # divides the tokens of a row
+    shrink: int = 1, # divides the tokens of a packed batch
 ) -> DollyTrainer:   # `DollyError` when the disk has no room for it
     "The base with fresh adapters, a trainer around it, and an engine that computes its steps."
     model = add_lora(load_base(recipe), recipe)
