@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from .config import DollyError, Recipe
 from .data import build_prompt, encode_all, normalise
-from .files import read_json
 from .generate import make_answerer, prompt_builder, provenance
 from .models import load_tuned
 from .results import LossDifference, seed_spread, SeedResult, SeedResults
 from .runs import load_run
+from .trainer import read_history
 
 # they live in dolly_lora.generate and are offered here, too
 _all_ = ["make_answerer", "prompt_builder", "provenance"]
@@ -88,6 +88,8 @@ def token_losses(
         batch = order[start:start + batch_size]
         examples = [encoded[i] for i in batch]
         input_ids = padded([e["input_ids"] for e in examples], tokenizer.pad_token_id)
+        # what the model says at position i - 1 is its prediction of token i: the labels lose their
+        # first column and the logits their last, so that the two stand side by side
         labels = padded([e["labels"] for e in examples], -100)[:, 1:]
         mask = padded([[1] * len(e["input_ids"]) for e in examples], 0)
         logits = model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
@@ -133,11 +135,10 @@ def measure_seeds(
     tokenizer,         # of the base model
     test: list[dict],  # test records
     log=print,         # gets a line for a training that is not there
-) -> SeedResults | None: # None: the recipe asks for one training
+) -> SeedResults | None: # None: one training; `DollyError` for a damaged training history
     "Validation and test loss of every training of a recipe."
     if recipe.seeds == 1: return None
-    def validation_loss(folder):
-        return read_json(folder / "training_history.json")["summary"]["best_validation_loss"]
+    def validation_loss(folder): return read_history(folder)["summary"]["best_validation_loss"]
     runs = [SeedResult(recipe.seed, validation_loss(Path(run_dir)), test_loss)]
     for seed in range(recipe.seed + 1, recipe.seed + recipe.seeds):
         folder = Path(run_dir) / "seeds" / str(seed)

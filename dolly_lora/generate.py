@@ -31,7 +31,7 @@ class Answer:
     "What a model wrote."
     text: str       # without special tokens, stripped
     n_tokens: int   # generated tokens, the end token included
-    finished: bool  # the model wrote the end token itself
+    finished: bool  # the model wrote the tokenizer's end token itself, no other one counts
 
 def read_answer(
     ids: list[int], # what was generated; whatever follows the end token is padding

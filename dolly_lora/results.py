@@ -110,16 +110,17 @@ class Consistency:
 @dataclass
 class Examination:
     "Right answers against wrong ones, judged like any other pair."
-    win_rate: float | None # percent that went to the right answer
-    low: float | None      # its 95 % interval
+    # mean probability that the judge gives the right answer, over both orders of a pair; percent
+    win_rate: float | None
+    low: float | None      # its 95 % bootstrap interval, over pairs
     high: float | None
     consistency: Consistency
 
 @dataclass
 class WinRate:
-    "How often the second model of a pair wins, within a group of pairs."
+    "What the second model of a pair gets, within a group of pairs."
     pairs: int = 0                # with a valid verdict
-    win_rate: float | None = None # percent; None without pairs
+    win_rate: float | None = None # mean probability, percent; None without pairs
 
 @dataclass
 class LengthEffect:
@@ -132,15 +133,16 @@ class LengthEffect:
 @dataclass
 class PairResult:
     "One model's answers against another's, with AlpacaEval's own names."
-    win_rate: float | None # percent, of the second model
-    low: float | None      # its 95 % bootstrap interval
+    # mean probability that the judge gives the second model, over both orders; percent
+    win_rate: float | None
+    low: float | None      # its 95 % bootstrap interval, over pairs
     high: float | None
     standard_error: float | None
-    n_wins: int
-    n_wins_base: int
-    n_draws: int
+    n_wins: int            # pairs with a mean above one half
+    n_wins_base: int       # below it
+    n_draws: int           # exactly one half
     n_total: int           # pairs with a valid verdict
-    discrete_win_rate: float | None
+    discrete_win_rate: float | None # percent of pairs won, a draw counts one half
     avg_length: int        # characters of the second model's answers
     length_controlled_winrate: float | None
     lc_standard_error: float | None

@@ -25,12 +25,12 @@ from dolly_lora.results import (
 from .runs import hold_run
 
 # %% auto #0
-__all__ = ['Material', 'judge_prompts', 'alpaca_reference', 'mtbench_references', 'load_material', 'check_evaluation',
-           'check_pairs', 'read_outputs', 'mtbench_files', 'read_mtbench_answers', 'answers_sha256', 'Verdicts',
-           'collect_verdicts', 'judge_answers', 'length_control', 'summarise_pair', 'summarise_verdicts', 'passed',
-           'format_number', 'judge_slug', 'judgment_key', 'keep_verdicts', 'keep_metrics', 'keep_judgment',
-           'plot_win_rates', 'describe_win_rates', 'save_judge_figures', 'CountingJudge', 'estimated_material',
-           'estimate_cost']
+__all__ = ['PASSING_LOW', 'Material', 'judge_prompts', 'alpaca_reference', 'mtbench_references', 'load_material',
+           'check_evaluation', 'check_pairs', 'read_outputs', 'mtbench_files', 'read_mtbench_answers', 'answers_sha256',
+           'Verdicts', 'collect_verdicts', 'judge_answers', 'length_control', 'summarise_pair', 'summarise_verdicts',
+           'passed', 'format_number', 'right_in_both_orders', 'describe_examination', 'judge_slug', 'judgment_key',
+           'keep_verdicts', 'keep_metrics', 'keep_judgment', 'plot_win_rates', 'describe_win_rates',
+           'save_judge_figures', 'CountingJudge', 'estimated_material', 'estimate_cost']
 
 # %% ../nbs/03e_verdicts.ipynb #6b9a4587
 @dataclass
@@ -244,12 +244,16 @@ def summarise_verdicts(
         mt_bench=from_json(dict[str, Rating], ratings))
 
 # %% ../nbs/03e_verdicts.ipynb #2150419d
+# Percent that the lower end of an examination's interval has to reach. Anyone who can read gets
+# nearly all of these pairs right; counting shared words is enough for seventy.
+PASSING_LOW = 80
+
 def passed(
     check: Examination, # `check` of a `Judgment`
 ) -> bool: # False also when half of the verdicts or more were invalid
-    "Is this judge surely better than a coin?"
+    "Does this judge surely tell right answers from wrong ones?"
     if check.low is None: return False
-    return check.low > 50 and check.consistency.pairs > check.consistency.invalid
+    return check.low >= PASSING_LOW and check.consistency.pairs > check.consistency.invalid
 
 def format_number(
     value: float | None, # any; None where no verdict was valid
@@ -257,6 +261,30 @@ def format_number(
 ) -> str: # a dash for None
     "A number as people read it."
     return "–" if value is None else f"{value:.{digits}f}"
+
+# %% ../nbs/03e_verdicts.ipynb #b4e00001
+def right_in_both_orders(
+    rows: list[dict], # an examination's, from `compare`: the second answer is the right one
+) -> int: # pairs
+    "In how many pairs does the judge prefer the right answer, whichever comes first?"
+    valid = [r["orders"] for r in rows if None not in r["orders"]]
+    return sum(min(orders) > 0.5 for orders in valid)
+
+# %% ../nbs/03e_verdicts.ipynb #b4e00006
+def describe_examination(
+    check: Examination,             # `check` of a `Judgment`
+    rows: list[dict] | None = None, # the verdicts behind it; None: they are not at hand
+) -> str: # a clause, to stand behind the judge's name
+    "How a judge's examination went, in words."
+    mean, low, high = (format_number(v, 0) for v in (check.win_rate, check.low, check.high))
+    pairs, invalid = check.consistency.pairs, check.consistency.invalid
+    parts = [f"gives the right answer a mean probability of {mean} % "
+             f"(95 % interval {low} to {high}; 50 is guessing)"]
+    if rows is not None:
+        parts.append(f"prefers the right one in both orders in {right_in_both_orders(rows)} "
+                     f"of {pairs} pairs")
+    if invalid: parts.append(f"{invalid} without a valid reply")
+    return f"{'; '.join(parts)}: {'passed' if passed(check) else 'failed'}"
 
 # %% ../nbs/03e_verdicts.ipynb #i4559200
 def judge_slug(
@@ -324,10 +352,10 @@ def plot_win_rates(
     judgment: Judgment, # a judge's
     judged_by: str,     # for the title
 ): # a matplotlib Figure
-    "Win rates with their intervals: a row for each pair, and one for the examination."
+    "Mean probabilities and intervals: a row for each pair, and one for the examination."
     import matplotlib.pyplot as plt
     rows = judgment.alpaca | {"the right answer against a wrong one": judgment.check}
-    fig, ax = plt.subplots(figsize=(7, 1.4 + 0.45 * len(rows)))
+    fig, ax = plt.subplots(figsize=(7, 1.6 + 0.45 * len(rows)))
     for y, result in enumerate(rows.values()):
         if result.low is None: continue  # no valid verdict
         colour = "#888888" if result is judgment.check else "#4477aa"
@@ -336,7 +364,8 @@ def plot_win_rates(
     ax.axvline(50, color="black", lw=1, ls="--")
     ax.set_yticks(range(len(rows)), map(figure_text, rows))
     ax.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -0.6), title=f"Judged by {figure_text(judged_by)}",
-           xlabel="win rate in percent, with its 95 % interval (dashed: a coin)")
+           xlabel="mean probability that the judge gives the one named first,\n"
+                  "in percent, with its 95 % interval (dashed: a coin)")
     ax.spines[["top", "right"]].set_visible(False)
     return fig
 
@@ -359,7 +388,8 @@ def save_judge_figures(
     judged_by = {kind: key if official else f"{key}: not leaderboard numbers"
                  for kind, official in judgment.official.items()}
     save_fig(plot_win_rates(judgment, judged_by["alpaca"]), run_dir, f"win_rates_{slug}",
-             f"Win rates with 95 % intervals, judged by {judged_by['alpaca']}: "
+             f"Mean probability that the judge gives the one named first, in percent, with "
+             f"95 % intervals, judged by {judged_by['alpaca']}: "
              f"{describe_win_rates(judgment)}.")
     if not ratings: return
     averages = "; ".join(f"{m} {format_number(r.average, 2)}" for m, r in ratings.items())

@@ -231,6 +231,14 @@ def test_the_trainings_with_other_seeds_are_measured(three_contenders):
     assert seeds.test_loss.low < seeds.test_loss.mean < seeds.test_loss.high
 
 
+def test_a_training_history_of_something_else_ends_in_one_line(tmp_path):
+    write_json(tmp_path / "training_history.json", dict(something="else"))
+    recipe = resolve(**parameters(tmp_path, overrides="seeds=3"))[0]
+    with pytest.raises(DollyError, match="is not a training history: delete it") as e:
+        evaluate.measure_seeds(recipe, tmp_path, 1.0, None, [])
+    assert "\n" not in str(e.value)
+
+
 def test_a_judge_without_a_key_ends_03_eval_before_anything_is_made(tmp_path, monkeypatch):
     for name in "OPENAI_API_KEY", "OPENAI_BASE_URL": monkeypatch.delenv(name, raising=False)
     with pytest.raises(DollyError, match="OPENAI_API_KEY is not set") as e:

@@ -362,10 +362,23 @@ def test_one_model_without_a_valid_rating_among_others(tmp_path):
     verdicts.save_judge_figures(judgment, run)
 
 
-def test_passed_is_surely_above_a_coin():
-    assert verdicts.passed(examination(50.1)) and not verdicts.passed(examination(50.0))
+def test_passed_is_surely_able_to_read():
+    assert verdicts.passed(examination(80.0)) and not verdicts.passed(examination(79.9))
     assert not verdicts.passed(examination(None, pairs=0, invalid=50))
     assert verdicts.format_number(None) == "–" and verdicts.format_number(1.25, 2) == "1.25"
+
+
+def test_an_examination_is_told_as_a_mean_and_as_a_count():
+    """A judge that says 0.51 each time is right each time, and its mean stays near 50."""
+    rows = [dict(orders=orders) for orders in ([0.51, 0.51], [0.9, 0.5], [0.9, 0.1], [None, 1.0])]
+    assert verdicts.right_in_both_orders(rows) == 1
+    hesitant = examination(49.0, pairs=3, invalid=1)
+    assert verdicts.describe_examination(hesitant, rows) == (
+        "gives the right answer a mean probability of 60 % (95 % interval 49 to 70; 50 is "
+        "guessing); prefers the right one in both orders in 1 of 3 pairs; 1 without a "
+        "valid reply: failed")
+    assert "both orders" not in verdicts.describe_examination(examination(81.0))
+    assert verdicts.describe_examination(examination(81.0)).endswith(": passed")
 
 
 def test_an_examination_of_invalid_replies_is_not_passed(tmp_path):
