@@ -4,110 +4,26 @@
 
 # %% ../nbs/05_report.ipynb #d9a7aab9
 from __future__ import annotations
-import contextlib, math
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from . import verdicts
-from .config import DollyError, MODEL_NAMES, short_path
+from .config import MODEL_NAMES
 from .figures import figure_text, save_fig
-from .files import read_json, read_jsonl, read_object, write_json, write_text
+from .files import write_json, write_text
 from .page import build_page, copy_figures, figure_names, fill, style_file, to_html
-from .results import from_json, Judgment, Metrics, PairResult, Rating
+from .results import Judgment, Metrics, PairResult, Rating
 from .runs import hold_run
 from .tables import (
-    category_rows, contender_table, example_rows, habit_rows, hardware_rows, judge_facts,
-    measured_steps, optimizer_name, published_judges_to_ask, rating_rows, refusals, setting_rows,
-    source_name, win_rows, writing_rows)
+    WRITTEN_BY, category_rows, collect, contender_table, example_rows, habit_rows, hardware_rows,
+    judge_facts, measured_steps, metrics_of, named_judgments, optimizer_name,
+    published_judges_to_ask, rating_rows, refusals, setting_rows, source_name, unread_judges,
+    win_rows, writing_rows)
 
 # %% auto #0
-__all__ = ['WRITTEN_BY', 'KEYS', 'BESIDE', 'collect', 'metrics_of', 'named_judgments', 'unread_judges', 'decide',
-           'share_difference', 'describe', 'Claim', 'loss_claim', 'endings_claim', 'seeds_claim', 'wins_claim',
-           'rating_claim', 'judge_claims', 'all_claims', 'template_share', 'report_markdown', 'write_report']
-
-# %% ../nbs/05_report.ipynb #67db016e
-WRITTEN_BY = {"recipe.json": "01_data", "data/statistics.json": "01_data",
-              "data/tokens.json": "01_data", "training_history.json": "02_train",
-              "before_after.json": "02_train", "metrics.json": "03_eval"}
-KEYS = {"recipe.json": ["recipe"],
-        "data/statistics.json": ["source", "cleaning", "splits", "categories"],
-        "data/tokens.json": ["train", "longest", "median"],
-        "training_history.json": ["summary", "validation", "log", "environment"]}
-
-def _read(folder, name, required=False):
-    if not (folder / name).exists():
-        if not required: return None
-        raise DollyError(f"{short_path(folder / name)} is not there: the notebook "
-                         f"{WRITTEN_BY[name]} writes it; run that first, or "
-                         "`dolly-lora run PRESET`")
-    return read_object(folder / name, *KEYS.get(name, []))
-
-def _stages(folder):
-    stages = _read(folder, "stages.json")
-    for name, stage in (stages or {}).items():
-        if isinstance(stage, (int, float)):  # the form of older versions
-            stages[name] = dict(seconds=stage, parts=1, finished=True)
-        elif not isinstance(stage, dict) or not stage.keys() >= {"seconds", "parts", "finished"}:
-            raise DollyError(f"{short_path(folder / 'stages.json')} is not what a run writes "
-                             f"there: delete it, or its line {name}")
-    return stages
-
-def _bench(folder):
-    if not (folder / "bench.jsonl").exists(): return []
-    rows = []
-    for where, row in read_jsonl(folder / "bench.jsonl"):
-        if not isinstance(row, dict):
-            raise DollyError(f"{where}: no JSON object; delete the line, or measure again with "
-                             f"`dolly-lora bench --json`")
-        rows.append(row)
-    return rows
-
-# %% ../nbs/05_report.ipynb #516ed863
-def collect(
-    run_dir: Path, # of a run; `DollyError` without recipe, data or training, or with a damaged file
-) -> dict: # recipe, environment, data, tokens, training, evaluation, before_after, stages, bench
-    "Everything the report says, from the run's files; `None` for what is not there yet."
-    folder = Path(run_dir)
-    history = _read(folder, "training_history.json", required=True)
-    before_after = folder / "before_after.json"
-    return dict(recipe=_read(folder, "recipe.json", required=True)["recipe"],
-                environment=history["environment"],
-                data=_read(folder, "data/statistics.json", required=True),
-                tokens=_read(folder, "data/tokens.json"),
-                training={name: history[name] for name in ("summary", "validation", "log")},
-                evaluation=_read(folder, "metrics.json"),
-                before_after=read_json(before_after) if before_after.exists() else None,
-                stages=_stages(folder), bench=_bench(folder))
-
-def metrics_of(
-    r: dict, # from `collect`
-) -> Metrics: # empty without an evaluation; `DollyError` when metrics.json is no such thing
-    "The evaluation as dataclasses; verdicts in an older version's form are left out."
-    found = dict(r["evaluation"] or {})
-    judgments = found.pop("judgments", {})
-    try:
-        metrics = from_json(Metrics, found)
-    except TypeError as e:
-        raise DollyError(f"metrics.json was written by another version of dolly_lora ({e}): "
-                         f"run the notebook 03_eval again") from None
-    for name in judgments:
-        with contextlib.suppress(TypeError):
-            metrics.judgments[name] = from_json(Judgment, judgments[name])
-    return metrics
-
-def named_judgments(
-    metrics: Metrics, # from `metrics_of`
-) -> list[Judgment]:
-    "The judgments under the names they are kept by, which tell two judges of one name apart."
-    return [replace(judgment, judge=name) for name, judgment in metrics.judgments.items()]
-
-def unread_judges(
-    r: dict,
-    metrics: Metrics, # from `metrics_of`
-) -> list[str]:
-    "The judges whose verdicts an older version wrote in another form."
-    judgments = (r["evaluation"] or {}).get("judgments", {})
-    if isinstance(judgments.get("judge"), str): return [judgments["judge"]]  # there was but one
-    return [name for name in judgments if name not in metrics.judgments]
+__all__ = ['BESIDE', 'decide', 'share_difference', 'describe', 'Claim', 'loss_claim', 'endings_claim', 'seeds_claim',
+           'wins_claim', 'rating_claim', 'judge_claims', 'all_claims', 'template_share', 'report_markdown',
+           'write_report']
 
 # %% ../nbs/05_report.ipynb #05r00005
 def decide(
@@ -219,7 +135,6 @@ def rating_claim(
                  other=BESIDE[other], low=before_low, high=before_high)
     return Claim("rating", verdict, low, high, facts=facts)
 
-# %% ../nbs/05_report.ipynb #05r00018
 def judge_claims(
     judgment: Judgment, # of a judge that passed its examination
 ) -> list[Claim]:
@@ -270,21 +185,25 @@ def _values(r, metrics): # what the template's holes are filled from
     judgments = named_judgments(metrics)
     base, chat, tuned = (metrics.test.get(name) for name in ("base", "chat_template", "tuned"))
     seeds = metrics.seeds if metrics.seeds and len(metrics.seeds.runs) > 1 else None
+    # a results.json of an older version does not say
+    official = r.get("official_prompts") or dict(alpaca=False, mt_bench=False)
     digits, _, changes = (environment["commit"] or "").partition(" ")
-    names, rows = contender_table(metrics)
+    names, rows = contender_table(metrics, official)
     third, described = None, []
     if metrics.difference:
         described = [describe(base.rouge_l, tuned.rouge_l),
                      describe(base.mean_words, tuned.mean_words, digits=0)]
         if chat: third = template_share(base.loss, chat.loss, tuned.loss)
     return dict(
-        r, written_by=WRITTEN_BY, metrics=metrics, summary=r["training"]["summary"],
+        r | dict(official_prompts=official), written_by=WRITTEN_BY, metrics=metrics,
+        summary=r["training"]["summary"],
         model=MODEL_NAMES.get(p["base"], p["base"]), source=source_name(r["data"]["source"]),
         method="QLoRA" if p["load_in_4bit"] and environment["gpu"] else "LoRA",
         is_llama2="Llama-2" in p["base"], is_instruct=p["base"] == "smollm2",
         optimizer=optimizer_name(r),
         base=base, chat=chat, tuned=tuned, third=third, described=described, seeds=seeds,
         claims=all_claims(metrics), judges=[judge_facts(j) for j in judgments],
+        passing_low=verdicts.PASSING_LOW,
         unread=unread_judges(r, metrics), to_ask=published_judges_to_ask(judgments),
         contender_names=names, contender_rows=rows, category_rows=category_rows(r["data"]),
         setting_rows=setting_rows(r), example_rows=example_rows(r["before_after"]),

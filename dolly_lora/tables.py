@@ -4,17 +4,126 @@
 
 # %% ../nbs/05b_tables.ipynb #05b00003
 from __future__ import annotations
-import re
+import contextlib, re
+from dataclasses import replace
+from pathlib import Path
 from . import alpaca, mtbench
-from .config import MODEL_NAMES
+from .config import DollyError, MODEL_NAMES, project_root, short_path
+from .files import read_json, read_jsonl, read_object
 from .page import interval, number
-from .results import CONTENDERS, Judgment, Metrics
+from .results import CONTENDERS, from_json, Judgment, Metrics
 from .verdicts import judge_slug, passed
 
 # %% auto #0
-__all__ = ['source_name', 'category_rows', 'example_rows', 'optimizer_name', 'setting_rows', 'hardware_rows', 'contender_table',
+__all__ = ['WRITTEN_BY', 'KEYS', 'official_prompts', 'collect', 'metrics_of', 'named_judgments', 'unread_judges', 'source_name',
+           'category_rows', 'example_rows', 'optimizer_name', 'setting_rows', 'hardware_rows', 'contender_table',
            'judge_facts', 'win_rows', 'habit_rows', 'rating_rows', 'refusals', 'published_judges_to_ask',
            'measured_steps', 'writing_rows']
+
+# %% ../nbs/05b_tables.ipynb #05bf0002
+WRITTEN_BY = {"recipe.json": "01_data", "data/statistics.json": "01_data",
+              "data/tokens.json": "01_data", "training_history.json": "02_train",
+              "before_after.json": "02_train", "metrics.json": "03_eval"}
+KEYS = {"recipe.json": ["recipe"],
+        "data/statistics.json": ["source", "cleaning", "splits", "categories"],
+        "data/tokens.json": ["train", "longest", "median"],
+        "training_history.json": ["summary", "validation", "log", "environment"]}
+
+def _read(folder, name, required=False):
+    if not (folder / name).exists():
+        if not required: return None
+        raise DollyError(f"{short_path(folder / name)} is not there: the notebook "
+                         f"{WRITTEN_BY[name]} writes it; run that first, or "
+                         "`dolly-lora run PRESET`")
+    return read_object(folder / name, *KEYS.get(name, []))
+
+def _stages(folder):
+    stages = _read(folder, "stages.json")
+    for name, stage in (stages or {}).items():
+        if isinstance(stage, (int, float)):  # the form of older versions
+            stages[name] = dict(seconds=stage, parts=1, finished=True)
+        elif not isinstance(stage, dict) or not stage.keys() >= {"seconds", "parts", "finished"}:
+            raise DollyError(f"{short_path(folder / 'stages.json')} is not what a run writes "
+                             f"there: delete it, or its line {name}")
+    return stages
+
+def _bench(folder):
+    if not (folder / "bench.jsonl").exists(): return []
+    rows = []
+    for where, row in read_jsonl(folder / "bench.jsonl"):
+        if not isinstance(row, dict):
+            raise DollyError(f"{where}: no JSON object; delete the line, or measure again with "
+                             f"`dolly-lora bench --json`")
+        rows.append(row)
+    return rows
+
+# %% ../nbs/05b_tables.ipynb #05bf0004
+def official_prompts(
+    run_dir: Path, # of a run
+) -> dict[str, bool]: # alpaca, mt_bench; False where it cannot be told
+    "Were the models asked the published prompts?"
+    found = dict(alpaca=False, mt_bench=False)
+    answers = Path(run_dir).resolve() / "answers" / "alpaca_eval" / "tuned" / "model_outputs.json"
+    with contextlib.suppress(DollyError, OSError):
+        rows = alpaca.read_entries(answers, ("instruction",), ())
+        asked = {alpaca.official_position(row["instruction"]) for row in rows}
+        found["alpaca"] = len(rows) == 805 and asked == set(range(805))
+    with contextlib.suppress(DollyError, OSError):
+        questions = read_json(Path(run_dir) / "recipe.json")["recipe"].get("mtbench", "")
+        if (project_root() / questions).is_file():
+            found["mt_bench"] = mtbench.are_published(mtbench.load_questions(questions))
+        elif questions == "official": found["mt_bench"] = True  # its download is checked
+    return found
+
+# %% ../nbs/05b_tables.ipynb #05bf0006
+def collect(
+    run_dir: Path, # of a run; `DollyError` without recipe, data or training, or with a damaged file
+) -> dict: # recipe, environment, data, tokens, training, evaluation, before_after, stages, bench, official_prompts
+    "Everything the report says, from the run's files; `None` for what is not there yet."
+    folder = Path(run_dir)
+    history = _read(folder, "training_history.json", required=True)
+    before_after = folder / "before_after.json"
+    return dict(recipe=_read(folder, "recipe.json", required=True)["recipe"],
+                environment=history["environment"],
+                data=_read(folder, "data/statistics.json", required=True),
+                tokens=_read(folder, "data/tokens.json"),
+                training={name: history[name] for name in ("summary", "validation", "log")},
+                evaluation=_read(folder, "metrics.json"),
+                before_after=read_json(before_after) if before_after.exists() else None,
+                stages=_stages(folder), bench=_bench(folder),
+                official_prompts=official_prompts(folder))
+
+# %% ../nbs/05b_tables.ipynb #05bf0009
+def metrics_of(
+    r: dict, # from `collect`
+) -> Metrics: # empty without an evaluation; `DollyError` when metrics.json is no such thing
+    "The evaluation as dataclasses; verdicts in an older version's form are left out."
+    found = dict(r["evaluation"] or {})
+    judgments = found.pop("judgments", {})
+    try:
+        metrics = from_json(Metrics, found)
+    except TypeError as e:
+        raise DollyError(f"metrics.json was written by another version of dolly_lora ({e}): "
+                         f"run the notebook 03_eval again") from None
+    for name in judgments:
+        with contextlib.suppress(TypeError):
+            metrics.judgments[name] = from_json(Judgment, judgments[name])
+    return metrics
+
+def named_judgments(
+    metrics: Metrics, # from `metrics_of`
+) -> list[Judgment]:
+    "The judgments under the names they are kept by, which tell two judges of one name apart."
+    return [replace(judgment, judge=name) for name, judgment in metrics.judgments.items()]
+
+def unread_judges(
+    r: dict,
+    metrics: Metrics, # from `metrics_of`
+) -> list[str]:
+    "The judges whose verdicts an older version wrote in another form."
+    judgments = (r["evaluation"] or {}).get("judgments", {})
+    if isinstance(judgments.get("judge"), str): return [judgments["judge"]]  # there was but one
+    return [name for name in judgments if name not in metrics.judgments]
 
 # %% ../nbs/05b_tables.ipynb #05b00006
 def source_name(
@@ -103,6 +212,7 @@ def hardware_rows(
 # %% ../nbs/05b_tables.ipynb #05b00017
 def contender_table(
     metrics: Metrics,
+    official: dict | None = None, # from `official_prompts`
 ) -> tuple[list[str], list[list]]: # the contenders, and rows of their numbers
     "What the test records and the benchmark prompts say of each contender."
     tests = {name: metrics.test[name] for name in CONTENDERS if name in metrics.test}
@@ -114,12 +224,15 @@ def contender_table(
             ["ROUGE-L (%)"] + [number(t.rouge_l) for t in results],
             [f"mean words (references: {references})"] + [number(t.mean_words) for t in results],
             ["answers that end by themselves (%)"] + [number(t.finished) for t in results]]
-    for name, b in ("AlpacaEval-style", metrics.alpaca_eval), ("MT-Bench-style", metrics.mt_bench):
+    benchmarks = (("alpaca", "AlpacaEval", "instructions", metrics.alpaca_eval),
+                  ("mt_bench", "MT-Bench", "questions", metrics.mt_bench))
+    for key, benchmark, called, b in benchmarks:
         if b is None: continue
         answers = [getattr(b, contender) for contender in tests]
-        prompts = (f"… to {b.prompts} {name} prompts of {source_name(b.source)} "
-                   f"({b.in_training} of them in the training split)")
-        rows.append([prompts] + [number(a.finished if a else None) for a in answers])
+        prompts = f"{b.prompts} {benchmark}-style prompts of {source_name(b.source)} ("
+        if (official or {}).get(key): prompts = f"{benchmark}'s {b.prompts} {called} (local copy; "
+        rows.append([f"… to {prompts}{b.in_training} of them in the training split)"]
+                    + [number(a.finished if a else None) for a in answers])
     return [CONTENDERS[name] for name in tests], rows
 
 # %% ../nbs/05b_tables.ipynb #05b00020
@@ -128,14 +241,17 @@ def judge_facts(
 ) -> dict: # what the template says of a judge
     "Who a judge is, what its numbers may be called, and whether it passed its examination."
     name = judgment.judge.removeprefix("local ")
-    model = MODEL_NAMES.get(name, name)
+    kept_as = re.fullmatch(r"(.*?)( \([0-9a-f]{8}\))?", name)  # a second judge of one name
+    model = MODEL_NAMES.get(kept_as[1], kept_as[1]) + (kept_as[2] or "")
     kinds = {"alpaca": "win rates", "mt_bench": "ratings"}
     called = {"alpaca": "AlpacaEval 2" if judgment.official.get("alpaca") else "AlpacaEval-style",
               "mt_bench": "MT-Bench" if judgment.official.get("mt_bench") else "MT-Bench-style"}
+    verdicts = judgment.check.consistency
+    few_valid = verdicts.pairs <= verdicts.invalid
     return dict(judge=judgment.judge, is_local=name != judgment.judge, called=called,
                 model=model[:1].upper() + model[1:], endpoint=judgment.origin.get("endpoint"),
                 official=judgment.official, unofficial=judgment.unofficial, check=judgment.check,
-                passed=passed(judgment.check), slug=judge_slug(judgment.judge),
+                passed=passed(judgment.check), few_valid=few_valid, slug=judge_slug(judgment.judge),
                 not_comparable=" and ".join(kinds[kind] for kind in judgment.unofficial))
 
 # %% ../nbs/05b_tables.ipynb #05b00022
@@ -191,7 +307,7 @@ def _gib(row): return f"{row['peak_gib']:.1f}" if row["peak_gib"] else ""
 
 def measured_steps(
     bench: list[dict], # rows of bench.jsonl
-) -> list[dict]: # for each base model: first, best, speedup, rows of the table, measured, figure
+) -> list[dict]: # for each base model: first, best, speedup, others, waiting (%), rows, measured, figure
     "The ways to do a training step, base model by base model."
     by_base = {}
     for row in bench:
@@ -203,7 +319,12 @@ def measured_steps(
         rows = [[b["name"], number(b["s_per_step"], 3), round(b["tok_per_s"]), _gib(b),
                  f"{b['model_flops_utilisation']:.0%}", f"{b['full_recipe_min']:.1f} min"]
                 for b in measured]
+        waiting = None
+        if first.get("gpu_s"):
+            waiting = 100 * max(0.0, 1 - sum(first["gpu_s"].values()) / first["s_per_step"])
+        others = {b["name"]: b for b in measured if b is not best}
         steps.append(dict(first=first, best=best, rows=rows, measured=measured,
+                          others=others, waiting=waiting,
                           speedup=first["s_per_step"] / best["s_per_step"],
                           figure="ablation_" + re.sub(r"\W+", "_", base)))
     return steps

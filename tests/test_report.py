@@ -5,13 +5,16 @@ import html
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from conftest import ROOT
-from dolly_lora.config import PRESETS, DollyError
+from dolly_lora.config import MODEL_NAMES, PRESETS, DollyError
 from dolly_lora.files import write_json
+from dolly_lora.results import Judgment, from_json
+from dolly_lora.tables import judge_facts, official_prompts
 from dolly_lora.verdicts import judge_slug
 from dolly_lora.report import (
     collect,
@@ -373,7 +376,7 @@ def test_judges_stand_side_by_side_and_unofficial_ones_say_why(tmp_path):
     )
     assert (
         text.count("**Can it judge?**") == 2
-        and "That is guessing" in other
+        and "That cannot be told from guessing" in other
         and "It tells right from wrong" in official
     )
     assert "- no difficulties for this reference (local tiny)" in text
@@ -479,7 +482,7 @@ def test_figures_are_drawn_from_the_numbers_that_the_tables_show(tmp_path):
 )
 def test_a_win_rate_stands_where_its_interval_puts_it(tmp_path, low, high, place):
     parts = discussion(tmp_path, judge(tuned=pair((low + high) / 2, low, high)))
-    assert ["win " in part for part in parts[:3]] == [i == place for i in range(3)]
+    assert ["mean probability" in part for part in parts[:3]] == [i == place for i in range(3)]
     assert f"{low:.1f} to {high:.1f}" in parts[place]
 
 
@@ -522,17 +525,59 @@ def test_a_judge_that_failed_its_examination_has_no_say(tmp_path):
     )
     assert "gpt-4-1106-preview prefers" in better and "coin" not in better + worse + undecided
     assert "coin did not pass its examination, and its verdicts are left out" in text
-    assert "gives the right answer 49 % of its preference (95 % interval 45 to 53)" in text
+    assert "gives the right answer a mean probability of 49 % (95 % interval 45 to 53)" in text
     assert "left out" not in discussion(tmp_path, judge())[3]
 
 
 def test_numbers_are_missing_and_nothing_is_said_about_them(tmp_path):
     run = make_run(tmp_path, judge(tuned=pair(None, None, None), tuned_rate=rating(5.0, None)))
     text = section(collect(run), "Discussion")
-    assert "preview prefers" not in text and "preview rates" not in text and "they win" not in text
+    assert "preview prefers" not in text and "preview rates" not in text and "it gives" not in text
     (run / "metrics.json").unlink()
     text = section(collect(run), "Discussion")
     assert "What improved" not in text and "metrics.json" in text and "### Limits" in text
+
+
+def test_what_did_not_improve_enough_has_its_numbers(tmp_path):
+    text = discussion(tmp_path, judge())[3]
+    assert "to test prompts, 50 % still run into the limit" in text
+    assert "to the AlpacaEval-style prompts, 10 % run into theirs" in text
+    assert "no human has read them." in text
+    text = discussion(tmp_path, judge(right=(60.0, 55.0, 65.0)))[3]
+    assert "no human and no valid judge has read them." in text
+    assert "where a coin gives 50 and 80 is asked" in text
+
+
+def test_official_prompts_are_known_by_their_contents(tmp_path):
+    run = make_run(tmp_path)
+    assert official_prompts(run) == dict(alpaca=False, mt_bench=False)
+    answers = run / "answers/alpaca_eval/tuned/model_outputs.json"
+    write_json(answers, [dict(instruction=f"Question {i}", output="") for i in range(805)])
+    assert not official_prompts(run)["alpaca"]
+    r = collect(run) | dict(official_prompts=dict(alpaca=True, mt_bench=False))
+    text = html.unescape(report_markdown(r))
+    assert "AlpacaEval's 16 instructions (local copy; 0 of them" in text
+    assert "16 MT-Bench-style prompts of the embedded sample (0 of them" in text
+
+
+def test_a_second_judge_of_one_name_keeps_the_name_it_is_kept_by():
+    known = from_json(Judgment, judge("local smollm2 (0123abcd)"))
+    facts = judge_facts(known)
+    assert facts["model"] == f"{MODEL_NAMES['smollm2']} (0123abcd)"
+    assert facts["slug"] != judge_facts(replace(known, judge="local smollm2"))["slug"]
+
+
+def test_the_factor_of_the_fastest_way_has_its_context(tmp_path):
+    stock = dict(name="stock", base="toy", model="the toy", device="no card", tokens_per_step=9.0,
+                 matrix_tflops=1.0, floor_s=0.1, s_per_step=4.0, tok_per_s=500.0, peak_gib=8.0,
+                 model_flops_utilisation=0.5, full_recipe_min=7.5, gpu_s=dict(attention=1.0))
+    rows = [stock] + [stock | dict(name=name, s_per_step=s, peak_gib=5.5)
+                      for name, s in (("padding-free", 0.6), ("speed", 0.2), ("frugal", 0.4))]
+    r = collect(make_run(tmp_path)) | dict(bench=rows)
+    text = section(r, "Speed")
+    assert "20.0 times as fast as “stock”, whose card does nothing but wait for 75 %" in text
+    assert "Beside “padding-free” the factor is 3.0." in text
+    assert "(“frugal”, 5.5 GiB) it is still 10.0 times as fast as “stock”." in text
 
 
 # The optimizer
