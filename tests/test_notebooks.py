@@ -158,13 +158,34 @@ def test_ends_with_a_link_onward(path):
     assert re.search(r"(?m)^(Next|Back to the start): .*\]\([\w.]+\.ipynb\)", last)
 
 
+def exercises(path):
+    """A notebook's exercises: the numbers of the questions, and the folded texts."""
+    text = prose(path).partition("## Exercises")[2]
+    folded = re.findall(r"(?s)<details>(.*?)</details>", text)
+    asked = re.sub(r"(?s)<details>.*?</details>", "", text)
+    return re.findall(r"(?m)^(\d+)\. ", asked), folded
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_every_exercise_has_an_answer(path):
-    _, heading, exercises = prose(path).partition("## Exercises")
-    asked = len(re.findall(r"(?m)^\d+\. ", exercises))
-    assert exercises.count("<details>") == exercises.count("</details>") == asked
-    if heading:
-        assert asked
+    """One folded text for each, or one with as many numbered answers."""
+    asked, folded = exercises(path)
+    if len(folded) == 1 != len(asked):
+        assert re.findall(r"(?m)^(\d+)\. ", folded[0]) == asked
+    else:
+        assert len(folded) == len(asked)
+    assert bool(asked) == ("## Exercises" in prose(path))
+
+
+def test_the_rubric_counts_the_exercises_and_adds_up():
+    row = r"(?m)^\| (\d\d_\w+) \| (\d+) \| (\d+) × (\d+) \| (.*) \|$"
+    rows = re.findall(row, prose(ROOT / "nbs/index.ipynb"))
+    assert [name for name, *_ in rows] == list(STAGE_NAMES)
+    assert sum(int(points) for _, points, *_ in rows) == 100
+    for name, points, count, each, rest in rows:
+        assert int(count) == len(exercises(ROOT / f"nbs/{name}.ipynb")[0])
+        others = re.findall(r"(?<![\w=])(\d+)(?=:| for)", rest)
+        assert int(points) == int(count) * int(each) + sum(map(int, others))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS + TEXTS, ids=name_of)

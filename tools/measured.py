@@ -9,6 +9,10 @@ import re
 import struct
 from pathlib import Path
 
+from dolly_lora.config import MODEL_NAMES
+from dolly_lora.results import Examination, from_json
+from dolly_lora.verdicts import passed
+
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = ROOT / "nbs" / "index.ipynb"
 FIGURES = "training_curves", "ablation_random_7b"   # on the first screen
@@ -84,18 +88,71 @@ def costs():
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def between(low, high, digits=2):
+    """A 95 % interval, in words."""
+    return f"95 % interval {low:.{digits}f} to {high:.{digits}f}"
+
+
+def examined(name, judgment):
+    """A judge, and whether it passed its examination."""
+    check = judgment["check"]
+    if check["win_rate"] is None:
+        return f"The judge `{name}` gave no valid verdict in its examination."
+    found = (f"in its examination it gave the right answers {check['win_rate']:.1f} % "
+             f"({between(check['low'], check['high'], 1)})")
+    if passed(from_json(Examination, check)):
+        return f"The judge `{name}` passed: {found}."
+    return (f"The judge `{name}` did **not** pass: {found}, "
+            "so its win rates say nothing about quality.")
+
+
+def quality():
+    """What training brought on the held-out records, and what the judge is worth."""
+    run = read("results.json")
+    found = run["evaluation"]
+    base, tuned = found["test"]["base"], found["test"]["tuned"]
+    change = found["difference"]
+    model = MODEL_NAMES.get(run["recipe"]["base"], run["recipe"]["base"])
+    sentences = [
+        f"In the committed run ({model}), the loss on the held-out test records went from "
+        f"**{base['loss']:.3f} to {tuned['loss']:.3f}** nats a token "
+        f"(difference {change['difference']:.3f}, "
+        f"{between(change['low'], change['high'], 3)}).",
+        f"Of {tuned['answers']:,} answers, {base['finished']:.0f} % ended by themselves before "
+        f"and {tuned['finished']:.0f} % after."]
+    chat = found["test"].get("chat_template")
+    if chat:
+        sentences.insert(1, f"In its own chat template the base has {chat['loss']:.3f}.")
+    seeds = found.get("seeds")
+    if seeds and seeds["test_loss"]["low"] is not None:
+        spread = seeds["test_loss"]
+        sentences.append(
+            f"Over {len(seeds['runs'])} trainings with different seeds the tuned loss is "
+            f"{spread['mean']:.3f} on average ({between(spread['low'], spread['high'], 3)}).")
+    sentences += [examined(name, judged) for name, judged in found["judgments"].items()]
+    return " ".join(sentences)
+
+
 def speed():
     """A step and the answers of a 7B model, in words."""
     bench = read("results.json")["bench"]
-    fast, frugal, stock = (seven_b(bench, name) for name in ("speed", "frugal", "stock"))
+    names = "speed", "frugal", "stock", "padding-free"
+    fast, frugal, stock, padding_free = (seven_b(bench, name) for name in names)
+    seconds = stock["s_per_step"]
+    waiting = 100 * (1 - sum(stock["gpu_s"].values()) / seconds)
     answers = {r["name"]: r for r in bench if "new_tokens" in r}
     ours = answers["dolly_lora"]
     theirs = answers["transformers"]
     return (
         f"On one {fast['device']}, a step of {fast['batch_size']} examples in LLaMA-2-7B's shape "
         f"took {fast['s_per_step']:.2f} s ({fast['peak_gib']:.0f} GiB), or "
-        f"{frugal['s_per_step']:.2f} s in {frugal['peak_gib']:.1f} GiB with `memory=frugal`; "
-        f"the libraries as documented took {stock['s_per_step']:.1f} s in the same run. "
+        f"{frugal['s_per_step']:.2f} s in {frugal['peak_gib']:.1f} GiB with `memory=frugal`. "
+        f"The libraries as documented took {seconds:.1f} s in the same run, and "
+        f"{padding_free['s_per_step']:.2f} s without padding: our step is "
+        f"{seconds / fast['s_per_step']:.1f} times as fast as the first and "
+        f"{padding_free['s_per_step'] / fast['s_per_step']:.1f} times as fast as the second, "
+        f"`frugal` {seconds / frugal['s_per_step']:.1f} times as fast as the first. "
+        f"For {waiting:.0f} % of the libraries' {seconds:.1f} s the card only waits for work. "
         f"{ours['prompts']} answers of {ours['new_tokens']} tokens took {ours['seconds']:.1f} s, "
         f"{round(ours['tok_per_s'], -2):,.0f} tokens a second; `model.generate` with "
         f"{theirs['slots']} rows took {theirs['seconds']:.0f} s.")
@@ -103,7 +160,7 @@ def speed():
 
 def fill(source):
     """A cell's text with what is between its markers made anew."""
-    makers = dict(figures=figures, costs=costs, speed=speed)
+    makers = dict(figures=figures, quality=quality, costs=costs, speed=speed)
     return re.sub(r"(<!-- measured: (\w+) -->\n).*?(\n<!-- /measured -->)",
                   lambda m: f"{m[1]}\n{makers[m[2]]()}\n{m[3]}", source, flags=re.S)
 

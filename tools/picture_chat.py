@@ -22,18 +22,23 @@ ui.settings.compare.value = True
 ui
 """
 
-run_dir, *questions = sys.argv[1:]
-with tempfile.TemporaryDirectory() as place:
-    profile, folder, home = [Path(place) / name for name in ("profile", "notebooks", "jupyter")]
-    folder.mkdir()
-    home.mkdir()
-    cell = WINDOW.format(run_dir=str(Path(run_dir).resolve()))
-    (folder / "window.ipynb").write_text(json.dumps(notebook(cell)))
-    with start_chromium(profile) as chromium, start_lab(chromium, folder, home) as open_:
-        page = open_("window.ipynb")
-        page.locator(".dl-chat").wait_for()
-        for question in questions or QUESTIONS:
-            ask(page, question, wait=False)
-            wait_until_idle(page, seconds=300)
-        (ROOT / "nbs/images").mkdir(exist_ok=True)
-        page.locator(".dl-chat").screenshot(path=ROOT / "nbs/images/chat.png")
+
+def main(run_dir, questions):
+    with tempfile.TemporaryDirectory() as place:
+        profile, folder, home = [Path(place) / n for n in ("profile", "notebooks", "jupyter")]
+        folder.mkdir()
+        home.mkdir()
+        cell = WINDOW.format(run_dir=str(run_dir.resolve()))
+        (folder / "window.ipynb").write_text(json.dumps(notebook(cell)))
+        with start_chromium(profile) as chromium, start_lab(chromium, folder, home) as open_:
+            page = open_("window.ipynb")
+            page.locator(".dl-chat").wait_for()
+            for question in questions:
+                ask(page, question, wait=False)
+                wait_until_idle(page, seconds=300)
+            (ROOT / "nbs/images").mkdir(exist_ok=True)
+            page.locator(".dl-chat").screenshot(path=ROOT / "nbs/images/chat.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:] or QUESTIONS)
