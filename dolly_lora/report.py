@@ -135,6 +135,7 @@ def rating_claim(
                  other=BESIDE[other], low=before_low, high=before_high)
     return Claim("rating", verdict, low, high, facts=facts)
 
+# %% ../nbs/05_report.ipynb #05r00018
 def judge_claims(
     judgment: Judgment, # of a judge that passed its examination
 ) -> list[Claim]:
