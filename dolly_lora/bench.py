@@ -398,7 +398,7 @@ def bench_generate(
     prompts: int = 128,     # of the training split
     new_tokens: int = 128,  # for each
     log=lambda row: None,   # gets every row when it is there
-) -> list[dict]: # name, base, model, device, slots, prompts, prompt_tokens, new_tokens, seconds, ...
+) -> list[dict]: # name, base, model, device, slots, prompts, prompt_tokens, new_tokens, seconds
     """Write the same answers with transformers and with the decoder.
 
     Also returned: `tok_per_s` (new tokens), `peak_gib` (None on a CPU), `floor_s` (reading weights

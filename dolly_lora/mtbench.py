@@ -124,7 +124,7 @@ def answer_mtbench(
     questions: list[dict], # from `load_questions`
     model_id: str,         # the name the official tools will show
     eos_token: str,        # the tokenizer's end token, as text; stands after an earlier answer
-    build=None,            # called with an instruction and `turns`, gives the prompt; default: the course's
+    build=None,            # gives the prompt of an instruction and `turns`; default: the course's
 ) -> dict: # `rows` in the official format, and the share `finished` in percent
     "Answer both turns of every question, the second on the model's own first."
     # 0.7 for other categories, as in FastChat

@@ -78,7 +78,7 @@ def official_prompts(
 # %% ../nbs/05b_tables.ipynb #05bf0006
 def collect(
     run_dir: Path, # of a run; `DollyError` without recipe, data or training, or with a damaged file
-) -> dict: # recipe, environment, data, tokens, training, evaluation, before_after, stages, bench, official_prompts
+) -> dict: # recipe, environment, data, tokens, training, evaluation, before_after, stages, ...
     "Everything the report says, from the run's files; `None` for what is not there yet."
     folder = Path(run_dir)
     history = _read(folder, "training_history.json", required=True)
@@ -307,7 +307,7 @@ def _gib(row): return f"{row['peak_gib']:.1f}" if row["peak_gib"] else ""
 
 def measured_steps(
     bench: list[dict], # rows of bench.jsonl
-) -> list[dict]: # for each base model: first, best, speedup, others, waiting (%), rows, measured, figure
+) -> list[dict]: # per base model: first, best, speedup, others, waiting (%), rows, measured, figure
     "The ways to do a training step, base model by base model."
     by_base = {}
     for row in bench:

@@ -23,7 +23,7 @@ __all__ = ['FlatParameters', 'Workspace', 'LoRAGroup', 'LoRAActivations', 'group
 class FlatParameters:
     "Trainable parameters and their gradients as views of one tensor each."
     def __init__(self,
-        params, # `torch.nn.Parameter`s of one dtype and device, in the order in which they shall lie
+        params, # `torch.nn.Parameter`s of one dtype and device, in the order in which they lie
     ):
         self.params = list(params)
         sizes = [p.numel() for p in self.params]
@@ -56,11 +56,12 @@ class LoRAGroup:
 
     def __init__(self,
         layers,     # linears without bias: PEFT LoRA layers with one adapter, or plain ones
-        linear_index: int,    # number of the first among the model's linears: names its dropout masks
+        linear_index: int,    # number of the first among the model's linears: names dropout masks
         workspace: Workspace, # shared with the same group of the other blocks
         ops: Operations,      # from `operations`
     ):
-        self.layers, self.linear_index, self.workspace, self.ops = layers, linear_index, workspace, ops
+        self.layers, self.linear_index, self.workspace, self.ops = (
+            layers, linear_index, workspace, ops)
         self.base = [getattr(l, "base_layer", l) for l in layers]
         self.sizes = [b.out_features for b in self.base]
         self.shape = sum(self.sizes), self.base[0].in_features  # outputs of all, inputs
@@ -93,7 +94,8 @@ class LoRAGroup:
         for b, w in zip(self.base, self.held.split(self.sizes)): b.weight.data = w
 
     def weight(self) -> torch.Tensor: # [outputs of all, inputs]
-        "The base's weight: the one held, or dequantised now, unless it lies in the workspace already."
+        ("The base's weight: the one held, or dequantised now, "
+         "unless it lies in the workspace already.")
         if self.held is not None: return self.held
         if self.workspace.owner is not self:
             self._dequantise(self.workspace.data)
@@ -109,8 +111,9 @@ class LoRAGroup:
         r, k = self.A[0].shape
         middle = start + len(self.A) * r * k
         end = middle + sum(self.sizes) * r
-        self.a, self.da = (t[start:middle].view(-1, k) for t in (low, grad))   # [linears × r, inputs]
-        self.b, self.db = (t[middle:end].view(-1, r).t() for t in (low, grad)) # [r, outputs of all]
+        # a: [linears × r, inputs], b: [r, outputs of all]
+        self.a, self.da = (t[start:middle].view(-1, k) for t in (low, grad))
+        self.b, self.db = (t[middle:end].view(-1, r).t() for t in (low, grad))
         return end
 
 # %% ../../nbs/02c_blocks.ipynb #02c012
@@ -125,7 +128,7 @@ def group_forward(
     batch: PackedBatch | None = None,     # whose tokens `x` belongs to; only dropout needs it
     seed: torch.Tensor | None = None,     # int64, of the dropout; None: no dropout
     residual: torch.Tensor | None = None, # [tokens, outputs of all], added to the result
-) -> tuple[torch.Tensor, LoRAActivations | None]: # (y [tokens, outputs of all], for the backward pass)
+) -> tuple[torch.Tensor, LoRAActivations | None]: # (y [tokens, outputs of all], for backward)
     "All linears of a group, adapters included."
     weight = group.weight()
     y = x @ weight.t() if residual is None else torch.addmm(residual, x, weight.t())
@@ -199,7 +202,7 @@ def block_activations(
     batch: PackedBatch | None = None, # whose tokens `x` belongs to; only dropout needs it
     seed: torch.Tensor | None = None, # of the dropout; None: no dropout
     save: bool = False,  # will there be a backward pass?
-) -> tuple[torch.Tensor, torch.Tensor, BlockActivations | None]: # (y, act, all activations if `save`)
+) -> tuple[torch.Tensor, torch.Tensor, BlockActivations | None]: # (y, act, activations if `save`)
     "A block up to the two tensors that its last product, the down projection, reads."
     ops, size = block.qkv.ops, block.head_dim
     normed1, scale1 = ops.rms_norm(x, block.norm1, block.eps)
@@ -297,7 +300,7 @@ def is_llama(
     if config.model_type != "llama" or config.hidden_act != "silu": return False
     if attention_obstacle(config, tokens): return False  # a window shorter than the text, for one
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"): return False  # their angles depend on the length of the text
+    if rope in ("dynamic", "longrope"): return False  # their angles depend on the text's length
     linears = [getattr(l, "base_layer", l) for layer in base.model.layers
                for group in input_groups(layer) for l in group]
     if any(l.bias is not None for l in linears): return False
@@ -308,7 +311,8 @@ def fits_llama(
     model, # a causal language model; only a PeftModel can be trained
     tokens: int, # of the longest example
 ) -> bool:
-    "Can `FusedLlama` train it? A Llama, one plain LoRA adapter, on just the seven linears of each block."
+    ("Can `FusedLlama` train it? A Llama, one plain LoRA adapter, "
+     "on just the seven linears of each block.")
     if not hasattr(model, "get_base_model") or not is_llama(model, tokens): return False
     base, names = model.get_base_model(), model.active_adapters
     if len(names) != 1: return False
@@ -326,8 +330,8 @@ def is_decodable(
 
 def _plain_lora(group, name): # one rank and scale, no bias, no DoRA, not merged
     if not all(hasattr(l, "lora_A") and name in l.lora_A for l in group): return False
-    odd = any(l.merged or name in getattr(l, "lora_magnitude_vector", ()) or l.lora_B[name].bias is not None
-              for l in group)
+    odd = any(l.merged or name in getattr(l, "lora_magnitude_vector", ())
+              or l.lora_B[name].bias is not None for l in group)
     return not odd and len({(l.scaling[name], l.r[name]) for l in group}) == 1
 
 def lora_rank(
@@ -347,9 +351,9 @@ def llama_blocks(
     for i, layer in enumerate(base.model.layers):
         groups = [LoRAGroup(linears, 7 * i + first, space, ops)
                   for linears, first, space in zip(input_groups(layer), (0, 3, 4, 6), spaces)]
-        blocks.append(Block(i, layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *groups,
-                            config.num_attention_heads, config.num_key_value_heads, head_dim(config),
-                            config.rms_norm_eps))
+        blocks.append(Block(i, layer.input_layernorm.weight, layer.post_attention_layernorm.weight,
+                            *groups, config.num_attention_heads, config.num_key_value_heads,
+                            head_dim(config), config.rms_norm_eps))
     return blocks, [g for b in blocks for g in (b.qkv, b.o, b.gate_up, b.down)]
 
 # %% ../../nbs/02c_blocks.ipynb #i7153817
@@ -386,7 +390,7 @@ def hidden_states(
     batch: PackedBatch | None = None, # whose tokens these are; only dropout needs it
     seed: torch.Tensor | None = None, # of the dropout; None: no dropout
     save: bool = False,      # put all activations on the tape, or only the blocks' inputs?
-    tape: list | None = None, # gets (input, activations if `save`, down's activations) of each block
+    tape: list | None = None, # gets (input, activations if `save`, down's activations) per block
 ) -> torch.Tensor: # the residual stream after the last block [tokens, features]
     "Embedding and all blocks."
     first = blocks[0]

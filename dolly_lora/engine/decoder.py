@@ -27,7 +27,7 @@ def attend_cached(
     q: torch.Tensor, # [slots, heads, head_dim]: one new token a slot
     k: torch.Tensor, # [slots, key heads, capacity, head_dim]; heads is a multiple of key heads
     v: torch.Tensor, # like k
-    kv_lengths: torch.Tensor, # int64 [slots]: tokens of the cache that count, the new one among them
+    kv_lengths: torch.Tensor, # int64 [slots]: tokens of the cache that count, the new one included
     span: int,       # none of `kv_lengths` is larger
 ) -> torch.Tensor: # [slots, heads, head_dim]
     "Attention of one token a slot to the slot's cache."
@@ -59,7 +59,8 @@ def _cached(q, k, v, out, kv_lengths, scale, S, D: tl.constexpr, G: tl.constexpr
         higher = tl.maximum(best, tl.max(scores, 1))
         weight, shrink = tl.exp(scores - higher[:, None]), tl.exp(best - higher)
         total = total * shrink + tl.sum(weight, 1)
-        sum_, best = sum_ * shrink[:, None] + tl.sum(weight[:, :, None] * values[None, :, :], 1), higher
+        sum_, best = (sum_ * shrink[:, None] + tl.sum(weight[:, :, None] * values[None, :, :], 1),
+                      higher)
     tl.store(out + at, (sum_ / total[:, None]).to(out.dtype.element_ty), mask=fits)
 
 # %% ../../nbs/03f_decoder.ipynb #i6606519
@@ -69,7 +70,8 @@ def _attend_cached_triton(q, k, v, kv_lengths, span):
     q = q.contiguous()
     group = heads // k.shape[1]  # queries that share a key
     _cached[(slots, k.shape[1])](q, k, v, out, kv_lengths, size**-0.5, k.shape[2], size, group,
-                                 next_power_of_2(size), next_power_of_2(group), 64 if group == 1 else 32)
+                                 next_power_of_2(size), next_power_of_2(group),
+                                 64 if group == 1 else 32)
     return out
 
 # %% ../../nbs/03f_decoder.ipynb #03a009
@@ -97,10 +99,10 @@ def uniform_draws(
 class Decoder:
     """The slots of a Llama that answers, with its adapters as they are when it is made.
 
-    `prefill` reads prompts into free slots and takes their first tokens; `step` then adds a token to
-    every active slot. Call it until `active[s]` is False: the answer of slot s is `out[s, :count[s]]`,
-    its end token included if it wrote one, and the slot is free for the next prompt.
-    All arrays below lie on the model's device.
+    `prefill` reads prompts into free slots and takes their first tokens; `step` then adds a token
+    to every active slot. Call it until `active[s]` is False: the answer of slot s is
+    `out[s, :count[s]]`, its end token included if it wrote one, and the slot is free for the next
+    prompt. All arrays below lie on the model's device.
     """
     out: torch.Tensor    # int64 [slots, max_new_tokens]: the answers so far
     count: torch.Tensor  # int64 [slots]: tokens of each answer
@@ -113,7 +115,7 @@ class Decoder:
     graph: torch.cuda.CUDAGraph | None # a recorded step; None: each step is launched
 
     def __init__(self,
-        model,               # `DollyError` unless `is_decodable`; later changes of adapters do not count
+        model,               # `DollyError` unless `is_decodable`; later adapter changes are ignored
         eos: int,            # the end token
         slots: int,          # answers at a time
         capacity: int,       # tokens of prompt and answer together, at most
@@ -121,12 +123,13 @@ class Decoder:
         keep_weights: bool = True, # hold NF4 weights dequantised
     ):
         if not is_decodable(model, capacity):
-            raise DollyError(f"a Decoder computes a Llama without adapters, or with one plain LoRA adapter "
-                             f"on all its linears, for texts of up to {capacity:,} tokens, and this "
-                             f"model is something else: `generate` finds the way to answer for it")
+            raise DollyError(f"a Decoder computes a Llama without adapters, or with one plain LoRA "
+                             f"adapter on all its linears, for texts of up to {capacity:,} tokens, "
+                             f"and this model is something else: `generate` finds the way to "
+                             f"answer for it")
         ops = operations(model.device, lora_rank(model))
         self.base, self.eos, self.graph = base_model(model), eos, None
-        self.fixed = 2048 if ops.fused else 0  # tokens of a packed batch of prompts; 0: as they come
+        self.fixed = 2048 if ops.fused else 0  # tokens of a packed prompt batch; 0: as they come
         self.attend = _attend_cached_triton if ops.fused else attend_cached
         device, dtype = self.base.device, self.base.lm_head.weight.dtype
         self.blocks, groups = llama_blocks(self.base, ops)
@@ -138,7 +141,8 @@ class Decoder:
 
         def zeros(*shape, dtype=torch.int64): return torch.zeros(shape, dtype=dtype, device=device)
         first = self.blocks[0]
-        self.cache = zeros(len(self.blocks), 2, slots, first.key_heads, capacity, first.head_dim, dtype=dtype)
+        self.cache = zeros(len(self.blocks), 2, slots, first.key_heads, capacity, first.head_dim,
+                           dtype=dtype)
         self.slot = torch.arange(slots, device=device)
         self.tokens, self.kv_lengths, self.count = zeros(slots), zeros(slots), zeros(slots)
         self.out = zeros(slots, max_new_tokens)
@@ -170,7 +174,8 @@ class Decoder:
             ids = [prompts[j] for j in numbers]
             if self.fixed and n % self.fixed: ids.append([0] * (-n % self.fixed))
             batch = pack([dict(input_ids=i, labels=i) for i in ids]).to(device)
-            owner = torch.repeat_interleave(torch.tensor(slots)[numbers], lengths[numbers]).to(device)
+            owner = torch.repeat_interleave(torch.tensor(slots)[numbers],
+                                            lengths[numbers]).to(device)
 
             def attention(layer, q, k, v): # inside each prompt; keys and values are kept
                 for cache, new in zip(self.cache[layer], (k, v)):
@@ -260,7 +265,8 @@ def plan_slots(
     weights = sum(l.in_features * l.out_features * width for l in linears
                   if not on_cpu and hasattr(l.weight, "quant_state"))
 
-    with_weights, without = (max(1, min(most, len(lengths), int(r // slot))) for r in (room - weights, room))
+    with_weights, without = (max(1, min(most, len(lengths), int(r // slot)))
+                             for r in (room - weights, room))
     keep_weights = room > weights + slot and 2 * with_weights >= without
     return SlotPlan(with_weights if keep_weights else without, capacity, keep_weights)
 
@@ -276,8 +282,10 @@ def decode_all(
     todo: Iterable[int], # numbers of the prompts to answer
 ) -> Iterator[tuple[int, list[int]]]: # (number, token ids of the answer), as they are finished
     "Answer prompts; `torch.OutOfMemoryError` says with its `slots` how many were too many."
-    slots, capacity, keep_weights = plan_slots(model, [len(e) for e in encoded], max_new_tokens, slots)
-    try: decoder = Decoder(model, tokenizer.eos_token_id, slots, capacity, max_new_tokens, keep_weights)
+    slots, capacity, keep_weights = plan_slots(
+        model, [len(e) for e in encoded], max_new_tokens, slots)
+    try: decoder = Decoder(model, tokenizer.eos_token_id, slots, capacity, max_new_tokens,
+                           keep_weights)
     except torch.OutOfMemoryError as e:
         e.slots = slots
         raise
@@ -287,7 +295,8 @@ def decode_all(
         if waiting and len(free) >= (slots + 3) // 4:
             new = {s: waiting.popleft() for s in free[:len(waiting)]}
             numbers = list(new.values())
-            decoder.prefill(list(new), [encoded[i] for i in numbers], [temperature[i] for i in numbers],
+            decoder.prefill(list(new), [encoded[i] for i in numbers],
+                            [temperature[i] for i in numbers],
                             np.stack([draws[i] for i in numbers]))
             at_work |= new
         for _ in range(8 if decoder.graph else 1): decoder.step()

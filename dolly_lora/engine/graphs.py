@@ -23,7 +23,7 @@ class GraphRecorder:
         self.seconds = 0.0  # spent on recordings so far
 
     def record(self,
-        work: Callable, # called without arguments; launches on fixed places, and does not wait for the card
+        work: Callable, # takes no arguments; launches on fixed places and never waits for the card
         warm_up: Callable | None = None, # called before; compiles and loads what `work` will use
     ) -> torch.cuda.CUDAGraph: # its `replay()` does the work again
         "Record what `work` launches."
@@ -52,7 +52,8 @@ def blank_batch(
 ) -> PackedBatch: # zeros, without targets
     "A batch to be recorded with, in which any batch of the plan has room."
     def zeros(): return torch.zeros(length, dtype=torch.int64, device=device)
-    # the sizes that attention is launched with are recorded, so it is told of the largest that can come
+    # the sizes that attention is launched with are recorded,
+    # so it is told of the largest that can come
     cu_seqlens = (torch.arange(plan.examples + 2) * plan.longest).clamp(max=length)
     cu_seqlens = cu_seqlens.int().to(device)
     cu_seqlens[-1] = length
@@ -64,7 +65,8 @@ def fill_batch(
 ):
     "Copy a batch to where a graph reads it; the rest becomes an example without targets."
     n, examples = len(batch.input_ids), len(batch.cu_seqlens)
-    for to, tensor, rest in ((fixed.input_ids, batch.input_ids, 0), (fixed.targets, batch.targets, -100),
+    for to, tensor, rest in ((fixed.input_ids, batch.input_ids, 0),
+                             (fixed.targets, batch.targets, -100),
                              (fixed.position_ids, batch.position_ids, 0),
                              (fixed.token_index, batch.token_index, 0)):
         to[:n].copy_(tensor, non_blocking=True)
@@ -120,5 +122,6 @@ class StepGraphs:
             step()
             self.engine.flat.grad.copy_(before)  # nobody learns from a warm-up
 
-        graph = self.recorder.record(lambda: self.out.copy_(step()), None if self.graphs else warm_up)
+        graph = self.recorder.record(lambda: self.out.copy_(step()),
+                                     None if self.graphs else warm_up)
         self.graphs[length] = graph, fixed

@@ -20,8 +20,9 @@ __all__ = ['KINDS', 'PLAIN', 'TRITON', 'MAX_RANK', 'plot_ablation', 'jit', 'next
            'cross_entropy_', 'Operations', 'operations']
 
 # %% ../../nbs/02b_kernels.ipynb #02b006
-KINDS = {"matrix products": "#4477aa", "attention": "#66ccee", "LoRA": "#228833", "NF4 to bf16": "#ccbb44",
-         "element-wise and the rest": "#ee6677", "optimizer": "#aa3377", "waiting": "#dddddd"}
+KINDS = {"matrix products": "#4477aa", "attention": "#66ccee", "LoRA": "#228833",
+         "NF4 to bf16": "#ccbb44", "element-wise and the rest": "#ee6677", "optimizer": "#aa3377",
+         "waiting": "#dddddd"}
 
 def plot_ablation(
     rows: list[dict], # from `bench`: name, s_per_step, gpu_s by kind, floor_s
@@ -29,13 +30,13 @@ def plot_ablation(
     "What each way to do a step spends its time on, against the arithmetic floor."
     import matplotlib.pyplot as plt
     best = min(r["s_per_step"] for r in rows)
-    near = [r for r in rows if r["s_per_step"] < 5 * best]  # beside the slow ones these would be slivers
+    near = [r for r in rows if r["s_per_step"] < 5 * best]  # beside the slow ones these are slivers
     enlarged = len(near) < len(rows)
     fig, axes = plt.subplots(1, 1 + enlarged, figsize=(9, 1.5 + 0.34 * len(rows)), squeeze=False,
                              layout="constrained")
     for ax, shown in zip(axes[0], (rows, near)): _bars(ax, shown)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS),
-               frameon=False, fontsize=8, columnspacing=1, handlelength=1)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
+               ncols=len(KINDS), frameon=False, fontsize=8, columnspacing=1, handlelength=1)
     if enlarged: axes[0, 1].set_title("the fast ones, enlarged", fontsize=10)
     fig.suptitle(f"A step of {rows[0].get('batch_size', 16)} examples: {rows[0]['model']}, "
                  f"{rows[0]['device']}", fontsize=11)
@@ -78,7 +79,8 @@ def rms_norm(
     w: torch.Tensor, # [features]
     eps: float,      # of the model's config
 ): # (y like x, 1 / rms: float32 [tokens, 1])
-    "Scale every token to a mean square of one, then every feature by its weight, as LlamaRMSNorm does."
+    ("Scale every token to a mean square of one, then every feature by its weight, "
+     "as LlamaRMSNorm does.")
     scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
     return w * (x.float() * scale).to(x.dtype), scale
 
@@ -113,7 +115,8 @@ def _rms_norm_backward(g, x, w, scale, residual, out, K, BK: tl.constexpr):
     s = tl.load(scale + t)
     unit = tl.load(x + t * K + k, ok, 0).to(tl.float32) * s
     gw = tl.load(g + t * K + k, ok, 0).to(tl.float32) * tl.load(w + k, ok, 0).to(tl.float32)
-    d = s * (gw - unit * (tl.sum(gw * unit) / K)) + tl.load(residual + t * K + k, ok, 0).to(tl.float32)
+    d = (s * (gw - unit * (tl.sum(gw * unit) / K))
+         + tl.load(residual + t * K + k, ok, 0).to(tl.float32))
     tl.store(out + t * K + k, d, ok)
 
 # %% ../../nbs/02b_kernels.ipynb #02b018
@@ -125,7 +128,8 @@ def _rms_norm_triton(x, w, eps):
 
 def _rms_norm_backward_triton(g, x, w, scale, residual):
     out = torch.empty_like(x)
-    _rms_norm_backward[(len(x),)](g, x, w, scale, residual, out, x.shape[1], BK=next_power_of_2(x.shape[1]),
+    _rms_norm_backward[(len(x),)](g, x, w, scale, residual, out, x.shape[1],
+                                  BK=next_power_of_2(x.shape[1]),
                                   num_warps=8 if x.shape[1] > 2048 else 4)
     return out
 
@@ -158,7 +162,8 @@ def rotate_backward(
 
 # %% ../../nbs/02b_kernels.ipynb #02b023
 @jit
-def _rotate(src, dst, cos, sin, stride_src, stride_dst, heads, sign, D, BD: tl.constexpr, BH: tl.constexpr):
+def _rotate(src, dst, cos, sin, stride_src, stride_dst, heads, sign, D, BD: tl.constexpr,
+            BH: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)[:, None]
     d = tl.arange(0, BD)[None, :]
@@ -171,8 +176,8 @@ def _rotate(src, dst, cos, sin, stride_src, stride_dst, heads, sign, D, BD: tl.c
 
 # %% ../../nbs/02b_kernels.ipynb #02b024
 def _rotate_into(src, dst, cos, sin, heads, sign):
-    _rotate[(len(src), _cdiv(heads, 8))](src, dst, cos, sin, src.stride(0), dst.stride(0), heads, sign,
-                                         cos.shape[1], BD=next_power_of_2(cos.shape[1]), BH=8)
+    _rotate[(len(src), _cdiv(heads, 8))](src, dst, cos, sin, src.stride(0), dst.stride(0), heads,
+                                         sign, cos.shape[1], BD=next_power_of_2(cos.shape[1]), BH=8)
 
 def _rotate_triton(qkv, cos, sin, heads): _rotate_into(qkv, qkv, cos, sin, heads, 1.0)
 
@@ -237,18 +242,19 @@ def _swiglu_backward_triton(g, gu):
 
 # %% ../../nbs/02b_kernels.ipynb #02b032
 class Dropout:
-    "The dropout masks of linears with a common input, which can be drawn again from seed and numbers."
+    ("The dropout masks of linears with a common input, "
+     "which can be drawn again from seed and numbers.")
     def __init__(self,
         seed: torch.Tensor, # int64, on the device; of this step, the same for all its batches
         linear_index: int,  # number of the first of these linears in the model
         linears: int,       # how many share the input
         p: float,           # share that is dropped, 0 < p < 1
-        batch,              # `PackedBatch` that the input belongs to: which tokens of the step these are
+        batch,              # `PackedBatch` of the input: which tokens of the step these are
     ):
         self.seed, self.linear_index, self.linears, self.p = seed, linear_index, linears, p
         self.batch, self.masks = batch, {}
 
-    def _draw(self, n, start, i, x): # the mask of an example of n tokens, whose first has number `start`
+    def _draw(self, n, start, i, x): # mask of an example of n tokens whose first has number `start`
         text = f"{int(self.seed)} {start} {self.linear_index + i}"
         random = torch.Generator(x.device).manual_seed(zlib.crc32(text.encode()))  # takes 32 bits
         mask = torch.empty(n, x.shape[1], dtype=torch.bool, device=x.device)
@@ -297,7 +303,7 @@ def lora_up_(
 
 # %% ../../nbs/02b_kernels.ipynb #02b03428
 def lora_grad_(
-    out: torch.Tensor, # float32 [linears × r, features], with `sizes` [r, features]; changed in place
+    out: torch.Tensor, # float32 [linears × r, features], with `sizes` [r, features]; in place
     h: torch.Tensor,   # [tokens, linears × r]
     x: torch.Tensor,   # [tokens, features]
     drop: Dropout | None = None,    # as in `lora_down`
@@ -331,9 +337,9 @@ def _kept(i, a, b, threshold):
 
 # %% ../../nbs/02b_kernels.ipynb #02b039
 @jit
-def _down(x, m, h, seed, token_index, linear_index, threshold, factor, N, K, e1, e2, sx, sg, s0, s1, R,
-          G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-          BR: tl.constexpr):
+def _down(x, m, h, seed, token_index, linear_index, threshold, factor, N, K, e1, e2, sx, sg, s0, s1,
+          R, G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr,
+          BK: tl.constexpr, BR: tl.constexpr):
     g = tl.program_id(1)
     lo, hi = 0, K
     if PART:
@@ -349,16 +355,17 @@ def _down(x, m, h, seed, token_index, linear_index, threshold, factor, N, K, e1,
         k = k0 + tl.arange(0, BK)
         v = tl.load(x + t64[:, None] * sx + k[None, :], (t < N)[:, None] & (k < hi)[None, :], 0)
         if DROP: v = tl.where(_kept(number[:, None] * K + k[None, :], a, b, threshold), v, 0.0)
-        w = tl.load(m + g * sg + r[None, :] * s0 + k[:, None] * s1, (r < R)[None, :] & (k < hi)[:, None], 0)
+        w = tl.load(m + g * sg + r[None, :] * s0 + k[:, None] * s1,
+                    (r < R)[None, :] & (k < hi)[:, None], 0)
         acc = tl.dot(v, w, acc, input_precision="ieee")
     tl.store(h + t64[:, None] * (G * R) + g * R + r[None, :], acc * factor,
              (t < N)[:, None] & (r < R)[None, :])
 
 # %% ../../nbs/02b_kernels.ipynb #02b040
 @jit
-def _up(y, h, m, seed, token_index, linear_index, threshold, factor, N, C, e1, e2, sy, sg, s0, s1, R,
-        G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-        BR: tl.constexpr):
+def _up(y, h, m, seed, token_index, linear_index, threshold, factor, N, C, e1, e2, sy, sg, s0, s1,
+        R, G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr,
+        BC: tl.constexpr, BR: tl.constexpr):
     t, c0, r = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BC, tl.arange(0, BR)
     c = c0 + tl.arange(0, BC)
     t64, inside = t.to(tl.int64), (t < N)[:, None] & (c < C)[None, :]
@@ -368,8 +375,10 @@ def _up(y, h, m, seed, token_index, linear_index, threshold, factor, N, C, e1, e
         last = first + 1
     acc = tl.zeros([BT, BC], tl.float32)
     for g in range(first, last):
-        u = tl.load(h + t64[:, None] * (G * R) + g * R + r[None, :], (t < N)[:, None] & (r < R)[None, :], 0)
-        w = tl.load(m + g * sg + r[:, None] * s0 + c[None, :] * s1, (r < R)[:, None] & (c < C)[None, :], 0)
+        u = tl.load(h + t64[:, None] * (G * R) + g * R + r[None, :],
+                    (t < N)[:, None] & (r < R)[None, :], 0)
+        w = tl.load(m + g * sg + r[:, None] * s0 + c[None, :] * s1,
+                    (r < R)[:, None] & (c < C)[None, :], 0)
         d = tl.dot(u, w, input_precision="ieee")
         if DROP:
             a, b = _keys(seed, linear_index + g)
@@ -381,9 +390,9 @@ def _up(y, h, m, seed, token_index, linear_index, threshold, factor, N, C, e1, e
 
 # %% ../../nbs/02b_kernels.ipynb #02b042
 @jit
-def _outer(part, h, x, seed, token_index, linear_index, threshold, factor, N, C, e1, e2, sx, rows, R,
-           G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-           BR: tl.constexpr):
+def _outer(part, h, x, seed, token_index, linear_index, threshold, factor, N, C, e1, e2, sx, rows,
+           R, G: tl.constexpr, PART: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr,
+           BC: tl.constexpr, BR: tl.constexpr):
     c0, split, g = tl.program_id(0) * BC, tl.program_id(1), tl.program_id(2)
     o = g
     if PART:
@@ -394,14 +403,15 @@ def _outer(part, h, x, seed, token_index, linear_index, threshold, factor, N, C,
     for t0 in range(split * rows, min(N, (split + 1) * rows), BT):
         t = t0 + tl.arange(0, BT)
         t64 = t.to(tl.int64)
-        u = tl.load(h + t64[None, :] * (G * R) + g * R + r[:, None], (t < N)[None, :] & (r < R)[:, None], 0)
+        u = tl.load(h + t64[None, :] * (G * R) + g * R + r[:, None],
+                    (t < N)[None, :] & (r < R)[:, None], 0)
         v = tl.load(x + t64[:, None] * sx + c[None, :], (t < N)[:, None] & (c < C)[None, :], 0)
         if DROP:
             number = tl.load(token_index + t, t < N, 0).to(tl.uint32)[:, None] * C + c[None, :]
             v = tl.where(_kept(number, a, b, threshold), v, 0.0)
         acc = tl.dot(u, v, acc, input_precision="ieee")
-    tl.store(part + ((split * tl.num_programs(2) + o) * R + r[:, None]) * C + c[None, :], acc * factor,
-             (r < R)[:, None] & (c < C)[None, :])
+    tl.store(part + ((split * tl.num_programs(2) + o) * R + r[:, None]) * C + c[None, :],
+             acc * factor, (r < R)[:, None] & (c < C)[None, :])
 
 # %% ../../nbs/02b_kernels.ipynb #02b04217
 @jit
@@ -439,9 +449,9 @@ def _lora_down_triton(x, M, scale, drop=None, sizes=None):
     R = M.shape[0] if sizes else M.shape[0] // G
     h = torch.empty(N, G * R, dtype=x.dtype, device=x.device)
     next_ = 0 if sizes else R * M.stride(0)  # from one matrix of a group to the next
-    _down[(_cdiv(N, 16), G)](x, M, h, *key, scale * factor, N, K, *ends, x.stride(0), next_, *M.stride(), R,
-                             G=G, **flags, BT=16, BK=128, BR=max(16, next_power_of_2(R)), num_warps=4,
-                             num_stages=3)
+    _down[(_cdiv(N, 16), G)](x, M, h, *key, scale * factor, N, K, *ends, x.stride(0), next_,
+                             *M.stride(), R, G=G, **flags, BT=16, BK=128,
+                             BR=max(16, next_power_of_2(R)), num_warps=4, num_stages=3)
     return h
 
 def _lora_up_triton(y, h, M, drop=None, sizes=None):
@@ -449,9 +459,9 @@ def _lora_up_triton(y, h, M, drop=None, sizes=None):
     G, key, factor, ends, flags = _which(y, drop, sizes)
     R, BC = M.shape[0] if sizes else M.shape[0] // G, _block(sizes, 128)
     next_ = 0 if sizes else R * M.stride(0)  # from one matrix of a group to the next
-    _up[(_cdiv(N, 64), _cdiv(C, BC))](y, h, M, *key, factor, N, C, *ends, y.stride(0), next_, *M.stride(),
-                                      R, G=G, **flags, BT=64, BC=BC, BR=max(16, next_power_of_2(R)),
-                                      num_warps=4)
+    _up[(_cdiv(N, 64), _cdiv(C, BC))](y, h, M, *key, factor, N, C, *ends, y.stride(0), next_,
+                                      *M.stride(), R, G=G, **flags, BT=64, BC=BC,
+                                      BR=max(16, next_power_of_2(R)), num_warps=4)
 
 # %% ../../nbs/02b_kernels.ipynb #02b04410
 def _lora_grad_triton(out, h, x, drop=None, sizes=None):
@@ -461,20 +471,22 @@ def _lora_grad_triton(out, h, x, drop=None, sizes=None):
     S = max(1, min(16, 1024 // (_cdiv(C, BC) * L), _cdiv(N, 128)))
     part = torch.empty(S, L * R, C, dtype=torch.float32, device=x.device)
     rows = _cdiv(_cdiv(N, S), 32) * 32  # tokens of a program
-    _outer[(_cdiv(C, BC), S, L)](part, h, x, *key, factor, N, C, *ends, x.stride(0), rows, R, G=G, **flags,
-                                 BT=32, BC=BC, BR=max(16, next_power_of_2(R)), num_warps=4, num_stages=3)
-    _accumulate[(_cdiv(C, 64), _cdiv(L * R, 16))](out, part, C, L * R, S, *out.stride(), BC=64, BR=16,
-                                                  T=out.stride(0) < out.stride(1))
+    _outer[(_cdiv(C, BC), S, L)](part, h, x, *key, factor, N, C, *ends, x.stride(0), rows, R,
+                                 G=G, **flags, BT=32, BC=BC, BR=max(16, next_power_of_2(R)),
+                                 num_warps=4, num_stages=3)
+    _accumulate[(_cdiv(C, 64), _cdiv(L * R, 16))](out, part, C, L * R, S, *out.stride(), BC=64,
+                                                  BR=16, T=out.stride(0) < out.stride(1))
 
 # %% ../../nbs/02b_kernels.ipynb #02b049
 def cross_entropy_(
-    logits: torch.Tensor,    # [tokens, vocabulary]; overwritten by their gradient if that is asked for
+    logits: torch.Tensor,    # [tokens, vocabulary]; overwritten by their gradient if asked for
     targets: torch.Tensor,   # int64 [tokens], -100 where nothing is learnt
     num_items: torch.Tensor, # learnt tokens of the whole step
     gradient: bool,          # overwrite the logits?
 ) -> torch.Tensor: # sum of the negative log-probabilities, in nats, divided by `num_items`
     "The loss, and its gradient in place of the logits."
-    p, known, target = logits.float().log_softmax(-1), targets != -100, targets.clamp(min=0)[:, None]
+    p, known, target = (logits.float().log_softmax(-1), targets != -100,
+                        targets.clamp(min=0)[:, None])
     loss = -p.gather(1, target)[:, 0][known].sum() / num_items
     if gradient:
         minus_one = torch.full_like(p[:, :1], -1.0)
@@ -533,7 +545,8 @@ PLAIN = Operations(
     swiglu_backward=swiglu_backward, lora_down=lora_down, lora_up_=lora_up_,
     lora_grad_=lora_grad_, cross_entropy_=cross_entropy_)
 TRITON = Operations(
-    name="Triton", fused=True, rms_norm=_rms_norm_triton, rms_norm_backward=_rms_norm_backward_triton,
+    name="Triton", fused=True, rms_norm=_rms_norm_triton,
+    rms_norm_backward=_rms_norm_backward_triton,
     rotate_=_rotate_triton, rotate_backward=_rotate_backward_triton, swiglu=_swiglu_triton,
     swiglu_backward=_swiglu_backward_triton, lora_down=_lora_down_triton, lora_up_=_lora_up_triton,
     lora_grad_=_lora_grad_triton, cross_entropy_=_cross_entropy_triton)
@@ -546,5 +559,6 @@ def operations(
     device: torch.device, # of the model
     rank: int = 0,        # of its adapters; 0: it has none
 ) -> Operations: # PLAIN or TRITON
-    "What a device can run: Triton from compute capability 8.0 and up to MAX_RANK, PyTorch elsewhere."
+    ("What a device can run: Triton from compute capability 8.0 and up to MAX_RANK, "
+     "PyTorch elsewhere.")
     return TRITON if triton and is_ampere(device) and rank <= MAX_RANK else PLAIN

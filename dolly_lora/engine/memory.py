@@ -19,7 +19,7 @@ __all__ = ['MemoryPlan', 'plan_memory']
 class MemoryPlan:
     "How a step spends memory."
     keep_weights: bool # hold NF4 weights dequantised to the computing precision
-    recompute: bool    # keep only the blocks' inputs, and compute the rest again in the backward pass
+    recompute: bool    # keep only the blocks' inputs; compute the rest again in the backward pass
     token_budget: int  # tokens of a packed batch, at most
     examples: int = 16  # of a packed batch, at most
     longest: int = 1024 # tokens of an example, at most
@@ -51,7 +51,8 @@ def plan_memory(
     room = 0.9 * free - 16 * trainable - 2**30  # weight, gradient and two moments in float32
 
     # what a block's weights take dequantised, and what a token's activations take in all blocks
-    config, width = model.get_base_model().config, model.get_base_model().lm_head.weight.element_size()
+    config, width = (model.get_base_model().config,
+                     model.get_base_model().lm_head.weight.element_size())
     shapes, layers = linear_shapes(config), config.num_hidden_layers
     block = sum(inputs * outputs for inputs, outputs in shapes.values()) * width
     queries, keys = shapes["q_proj"][1], shapes["k_proj"][1]

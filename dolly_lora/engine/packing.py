@@ -61,10 +61,10 @@ def plot_padding(
 class PackedBatch:
     "Whole examples one after another, without padding."
     input_ids: torch.Tensor    # int64 [tokens]
-    targets: torch.Tensor      # int64 [tokens]: the token that must come next, -100 where nothing is learnt
+    targets: torch.Tensor      # int64 [tokens]: the next token, -100 where nothing is learnt
     position_ids: torch.Tensor # int64 [tokens]: from 0 in every example
-    token_index: torch.Tensor  # int64 [tokens]: each token's number in its step, which dropout asks for
-    cu_seqlens: torch.Tensor   # int32 [examples + 1]: example i is tokens cu_seqlens[i] to cu_seqlens[i + 1]
+    token_index: torch.Tensor  # int64 [tokens]: each token's number in its step, for dropout
+    cu_seqlens: torch.Tensor   # int32 [examples + 1]: where each example begins and the last ends
     lengths: list[int]         # tokens of each example
     starts: list[int]          # `token_index` of each example's first token
 
@@ -86,17 +86,19 @@ class PackedBatch:
 # %% ../../nbs/02a_packing.ipynb #02a01112
 def pack(
     examples: list[dict], # each with input_ids and labels of equal length, from `encode`
-    starts: list[int] | None = None, # each example's first `token_index`; default: the batch is the step
+    starts: list[int] | None = None, # first `token_index` of each; default: the batch is the step
 ) -> PackedBatch: # on the CPU
     "Lay examples one after another."
     lengths = [len(e["input_ids"]) for e in examples]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     if starts is None: starts = cu_seqlens[:-1].tolist()
     position_ids = torch.cat([torch.arange(n) for n in lengths])
-    token_index = position_ids + torch.repeat_interleave(torch.tensor(starts), torch.tensor(lengths))
+    token_index = position_ids + torch.repeat_interleave(torch.tensor(starts),
+                                                         torch.tensor(lengths))
     input_ids = torch.tensor([i for e in examples for i in e["input_ids"]])
     targets = torch.tensor([t for e in examples for t in (*e["labels"][1:], -100)])
-    return PackedBatch(input_ids, targets, position_ids, token_index, cu_seqlens.int(), lengths, starts)
+    return PackedBatch(input_ids, targets, position_ids, token_index, cu_seqlens.int(), lengths,
+                       starts)
 
 # %% ../../nbs/02a_packing.ipynb #02a014
 def has_varlen(
@@ -173,8 +175,9 @@ def packed_attention(
     "`attend` behind transformers' attention interface."
     longest = max(packed_batch.lengths)
     if softcap is not None or s_aux is not None or (sliding_window or longest) < longest:
-        raise DollyError(f"{type(module).__name__} caps its scores, has sinks or looks through a window of "
-                         f"{sliding_window} tokens: take another base, or a max_length within the window")
+        raise DollyError(f"{type(module).__name__} caps its scores, has sinks or looks through a "
+                         f"window of {sliding_window} tokens: take another base, or a max_length "
+                         "within the window")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     return attend(q, k, v, packed_batch, scaling)[None], None
 
@@ -224,8 +227,8 @@ class PackedModel:
             if seed is not None:  # each batch of a step drops in its own way
                 torch.manual_seed(zlib.crc32(f"{int(seed)} {batch.starts[0]}".encode()))
             logits = self._predict(batch)
-            nll = F.cross_entropy(logits.float(), batch.targets.to(logits.device), ignore_index=-100,
-                                  reduction="sum")
+            nll = F.cross_entropy(logits.float(), batch.targets.to(logits.device),
+                                  ignore_index=-100, reduction="sum")
             loss = nll / num_items
             if gradient: loss.backward()
         return loss.detach()

@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from ..config import DollyError, Recipe
 from .blocks import (
-    angles_at, block_activations, block_backward, fits_llama, FlatParameters, hidden_states, hold_weights,
-    llama_blocks, lora_rank, output_logits)
+    angles_at, block_activations, block_backward, fits_llama, FlatParameters, hidden_states,
+    hold_weights, llama_blocks, lora_rank, output_logits)
 from .graphs import StepGraphs
 from .kernels import Operations, operations
 from .memory import MemoryPlan, plan_memory
@@ -62,9 +62,9 @@ class FusedLlama:
         ops: Operations | None = None, # default: what the device can run
     ):
         if not fits_llama(model, plan.longest):
-            raise DollyError(f"FusedLlama computes one plain LoRA adapter on all linears of a Llama, for "
-                             f"examples of up to {plan.longest:,} tokens, and this model is something "
-                             f"else: `make_engine` finds the engine for it")
+            raise DollyError(f"FusedLlama computes one plain LoRA adapter on all linears of a "
+                             f"Llama, for examples of up to {plan.longest:,} tokens, and this "
+                             f"model is something else: `make_engine` finds the engine for it")
         self.base, self.plan, self.device = model.get_base_model(), plan, model.device
         self.dtype = self.base.lm_head.weight.dtype
         self.ops = ops or operations(self.device, lora_rank(model))
@@ -82,8 +82,8 @@ class FusedLlama:
     def _hidden(self, batch, angles, seed=None, tape=None):
         if self.low is not self.flat.whole.data: self.low.copy_(self.flat.whole.data)
         save = tape is not None and not self.plan.recompute
-        return hidden_states(self.base, self.blocks, batch.input_ids, angles, _inside(batch), batch, seed,
-                             save, tape)
+        return hidden_states(self.base, self.blocks, batch.input_ids, angles, _inside(batch), batch,
+                             seed, save, tape)
 
     @torch.no_grad()
     def logits(self,
@@ -121,8 +121,10 @@ class FusedLlama:
         for block in reversed(self.blocks):
             x, saved, down_lora = tape.pop()
             if saved is None:
-                _, _, saved = block_activations(block, x, angles, _inside(batch), batch, seed, save=True)
-            grad = block_backward(block, saved, down_lora, grad, angles, needs_input_grad=block.index > 0)
+                _, _, saved = block_activations(block, x, angles, _inside(batch), batch, seed,
+                                                save=True)
+            grad = block_backward(block, saved, down_lora, grad, angles,
+                                  needs_input_grad=block.index > 0)
             del saved
         return loss
 
@@ -138,7 +140,8 @@ class FusedLlama:
 
 def _inside(batch): return lambda layer, q, k, v: attend(q, k, v, batch) # attention in every block
 
-def _learnt(batch): # the tokens whose logits are needed: all in a recording, which must not depend on data
+# the tokens whose logits are needed: all in a recording, which must not depend on data
+def _learnt(batch):
     recording = batch.targets.is_cuda and torch.cuda.is_current_stream_capturing()
     return slice(None) if recording else (batch.targets != -100).nonzero()[:, 0]
 
@@ -153,4 +156,5 @@ def make_engine(
     if plan.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    return PackedModel(model, FlatParameters(p for p in model.parameters() if p.requires_grad), plan)
+    return PackedModel(
+        model, FlatParameters(p for p in model.parameters() if p.requires_grad), plan)
