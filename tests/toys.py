@@ -42,7 +42,8 @@ def adapted(model, recipe=TINY):
 def plain_engine(model):
     """The engine that leaves the gradients to transformers and PEFT."""
     plan = MemoryPlan(keep_weights=False, recompute=False, token_budget=1024)
-    return PackedModel(model, FlatParameters(p for p in model.parameters() if p.requires_grad), plan)
+    flat = FlatParameters(p for p in model.parameters() if p.requires_grad)
+    return PackedModel(model, flat, plan)
 
 
 def gradients(engine, model):
