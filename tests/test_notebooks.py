@@ -336,12 +336,17 @@ def test_committed_report_is_of_a_gpu_run_on_the_whole_of_dolly(report):
 
 def test_committed_report_is_of_one_undisturbed_run_of_clean_code(report):
     results, _ = report
-    # " with changes" where the card works on a copy that git there does not know as a commit
-    assert re.fullmatch(r"[0-9a-f]{40}( with changes)?", results["environment"]["commit"])
     assert set(results["stages"]) == set(STAGE_NAMES)
     for name, stage in results["stages"].items():
         if name != "05_report":               # it writes the file while it runs
             assert stage["finished"] and stage["parts"] == 1
+
+
+@pytest.mark.xfail(strict=True, reason="the committed run's machine held a copy of the tree that "
+                   "its git did not know: the recorded commit is an older one `with changes`")
+def test_committed_report_names_a_clean_commit(report):
+    results, _ = report
+    assert re.fullmatch(r"[0-9a-f]{40}", results["environment"]["commit"])
 
 
 def test_committed_report_has_all_trainings_of_its_recipe(report):
