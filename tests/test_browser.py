@@ -501,7 +501,8 @@ def test_hostile_texts_are_shown_and_do_nothing(chromium, hostile_run, name, tmp
     page.wait_for_timeout(300)
     harmless(page)
     shown = page.locator("body").inner_text()
-    assert dialogs == [] and [text for text in HOSTILE if text not in shown] == []
+    named = HOSTILE[:1] if name == "05_report" else HOSTILE  # 05 names the base, other texts no more
+    assert dialogs == [] and [text for text in named if text not in shown] == []
     if name == "03_eval":
         assert "<eos>" in shown                             # in a test record
     page.close()

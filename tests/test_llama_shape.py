@@ -22,7 +22,7 @@ from dolly_lora.train import train
 
 CUDA = torch.cuda.is_available()
 SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-SHAPE = {} if CUDA else SMALL
+SHAPE = dict(max_position_embeddings=4096) | ({} if CUDA else SMALL)
 SHORT = {} if CUDA else dict(max_length=128)
 SHOWN = ("seconds_per_step", "real_tokens_per_second", "peak_memory_gib", "first_validation_loss",
          "best_validation_loss", "trainable_parameters")

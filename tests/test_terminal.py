@@ -130,14 +130,15 @@ def test_commands(tiny_run, tmp_path):
 # Files of prompts
 
 INTERRUPTED = """
-import os, sys, dolly_lora.generate as g
-add = g.JsonlCache.add
+import os
+from dolly_lora.files import JsonlCache
+add = JsonlCache.add
 def once(self, key, row):
     add(self, key, row)
     if len(self.rows) == 3:
         open(self.path, "a").write('{"key": "to')  # half a line
         os._exit(9)
-g.JsonlCache.add = once
+JsonlCache.add = once
 from dolly_lora.cli import main
 main()
 """
