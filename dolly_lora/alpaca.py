@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['REFERENCE', 'OFFICIAL', 'PUBLISHED_JUDGE', 'PUBLISHED_ANNOTATORS', 'PROMPT_SHA256', 'REFERENCE_SHA256',
            'PROMPT_CHARACTERS', 'REFERENCE_CHARACTERS', 'OWN_PROMPT', 'GAMED_SHA256', 'DIFFICULTY_SHA256', 'sigmoid',
-           'read_entries', 'load_reference', 'load_instructions', 'official_position', 'judge_prompt', 'content_sha256',
-           'pair_question', 'second_is_better', 'compare', 'consistency', 'read_preference', 'read_annotations',
-           'why_unofficial', 'fit_glm', 'Refused', 'read_csv', 'find_difficulties', 'why_not_controlled',
-           'length_controlled', 'score', 'difficulty_sha256', 'length_control_files', 'bootstrap', 'length_effect']
+           'read_entries', 'load_reference', 'load_instructions', 'answer_alpaca', 'official_position', 'judge_prompt',
+           'content_sha256', 'pair_question', 'second_is_better', 'compare', 'consistency', 'read_preference',
+           'read_annotations', 'why_unofficial', 'fit_glm', 'Refused', 'read_csv', 'find_difficulties',
+           'why_not_controlled', 'length_controlled', 'score', 'difficulty_sha256', 'length_control_files', 'bootstrap',
+           'length_effect']
 
 # %% ../nbs/03c_alpaca.ipynb #03c0e001
 import numpy as np
@@ -25,7 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 import pandas as pd
 from .config import DollyError, project_root, sample_path, short_path
-from .data import DataError
+from .data import build_prompt, DataError
 from .files import file_sha256, parse_json
 from .judge import ask, fetch, Question, Reply
 
@@ -80,6 +81,19 @@ def load_instructions(
         path = sample_path("alpaca_sample.json") if source == "sample" else source
         rows = read_entries(path, ("instruction",), ("dataset",))
     return [dict(dataset=r.get("dataset", "unknown"), instruction=r["instruction"]) for r in rows]
+
+# %% ../nbs/03c_alpaca.ipynb #a2b4c14b
+def answer_alpaca(
+    answer,                   # from `make_answerer`
+    instructions: list[dict], # from `load_instructions`
+    generator: str,           # the name the official tools will show
+    build=build_prompt,       # gives the prompt of an instruction, see `prompt_builder`
+) -> dict: # `model_outputs` in the official format, and the share `finished` in percent
+    "Answer every instruction greedily, in the official file format."
+    answers = answer([build(r["instruction"]) for r in instructions])
+    outputs = [dict(dataset=r["dataset"], instruction=r["instruction"], output=a.text,
+                    generator=generator) for r, a in zip(instructions, answers)]
+    return dict(model_outputs=outputs, finished=100 * float(np.mean([a.finished for a in answers])))
 
 # %% ../nbs/03c_alpaca.ipynb #03c009
 @functools.cache

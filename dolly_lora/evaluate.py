@@ -4,26 +4,17 @@
 
 # %% ../nbs/03_eval.ipynb #788507e1
 from __future__ import annotations
-import gc, time
-from pathlib import Path
+import time
 import numpy as np
 import torch
 import torch.nn.functional as F
 from .config import DollyError, Recipe
 from .data import build_prompt, encode_all, normalise
-from .generate import make_answerer, prompt_builder, provenance
-from .models import load_tuned
-from .results import LossDifference, seed_spread, SeedResult, SeedResults
-from .runs import load_run
-from .trainer import read_history
-
-# they live in dolly_lora.generate and are offered here, too
-_all_ = ["make_answerer", "prompt_builder", "provenance"]
+from .results import LossDifference
 
 # %% auto #0
-__all__ = ['drop_long_prompts', 'answer_test', 'encode_in_template', 'token_losses', 'mean_loss', 'loss_difference',
-           'measure_seeds', 'rouge_l', 'answer_metrics', 'answer_alpaca', 'overlap', 'make_answerer', 'prompt_builder',
-           'provenance']
+__all__ = ['drop_long_prompts', 'answer_test', 'token_losses', 'mean_loss', 'loss_difference', 'rouge_l', 'answer_metrics',
+           'overlap']
 
 # %% ../nbs/03_eval.ipynb #03e004
 def drop_long_prompts(
@@ -53,19 +44,6 @@ def answer_test(
             for r, a in zip(rows, answers)]
 
 # %% ../nbs/03_eval.ipynb #i0676716
-def encode_in_template(
-    rows: list[dict], # records
-    tokenizer,        # of the base model; has a chat template
-    max_length: int,  # tokens of an example in the course's form
-) -> list[dict]: # input_ids and labels, as from `encode_all`
-    "Records in the base model's own chat template; response tokens are those of `encode_all`."
-    build, examples = prompt_builder("chat_template", tokenizer), []
-    for row, example in zip(rows, encode_all(rows, tokenizer, max_length)):
-        response = [label for label in example["labels"] if label != -100]
-        prompt = tokenizer(build(row["instruction"], row["context"])).input_ids
-        examples.append(dict(input_ids=prompt + response, labels=[-100] * len(prompt) + response))
-    return examples
-
 @torch.inference_mode()
 def token_losses(
     model,              # causal language model or PeftModel
@@ -127,33 +105,6 @@ def loss_difference(
     difference = mean_loss(tuned)["loss"] - mean_loss(base)["loss"]
     return LossDifference(difference, float(low), float(high))
 
-# %% ../nbs/03_eval.ipynb #5eed0002
-def measure_seeds(
-    recipe: Recipe,    # `seed`, and `seeds`: how many trainings there are
-    run_dir: Path,     # holds the first training, and the others in seeds/SEED
-    test_loss: float,  # of the first training's adapter, nats a token
-    tokenizer,         # of the base model
-    test: list[dict],  # test records
-    log=print,         # gets a line for a training that is not there
-) -> SeedResults | None: # None: one training; `DollyError` for a damaged training history
-    "Validation and test loss of every training of a recipe."
-    if recipe.seeds == 1: return None
-    def validation_loss(folder): return read_history(folder)["summary"]["best_validation_loss"]
-    runs = [SeedResult(recipe.seed, validation_loss(Path(run_dir)), test_loss)]
-    for seed in range(recipe.seed + 1, recipe.seed + recipe.seeds):
-        folder = Path(run_dir) / "seeds" / str(seed)
-        if not (folder / "training_history.json").exists():
-            log(f"seed {seed} has not been trained: run 02_train, then this notebook again")
-            continue
-        model = load_tuned(load_run(folder), folder)
-        loss = mean_loss(token_losses(model, tokenizer, test, recipe, log=log))["loss"]
-        runs.append(SeedResult(seed, validation_loss(folder), loss))
-        del model  # one at a time
-        gc.collect()
-        torch.cuda.empty_cache()
-    return SeedResults(runs, seed_spread([r.validation_loss for r in runs]),
-                       seed_spread([r.test_loss for r in runs]))
-
 # %% ../nbs/03_eval.ipynb #39dafd35
 def rouge_l(
     outputs: list[str],    # answers
@@ -173,18 +124,6 @@ def answer_metrics(
                 mean_words=mean_words("output"), mean_reference_words=mean_words("reference"))
 
 # %% ../nbs/03_eval.ipynb #03e007
-def answer_alpaca(
-    answer,                   # from `make_answerer`
-    instructions: list[dict], # from `load_instructions`
-    generator: str,           # the name the official tools will show
-    build=build_prompt,       # gives the prompt of an instruction, see `prompt_builder`
-) -> dict: # `model_outputs` in the official format, and the share `finished` in percent
-    "Answer every instruction greedily, in the official file format."
-    answers = answer([build(r["instruction"]) for r in instructions])
-    outputs = [dict(dataset=r["dataset"], instruction=r["instruction"], output=a.text,
-                    generator=generator) for r, a in zip(instructions, answers)]
-    return dict(model_outputs=outputs, finished=100 * float(np.mean([a.finished for a in answers])))
-
 def overlap(
     prompts: list[str],  # of a benchmark
     train: list[dict],   # training records

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from .config import DollyError, Recipe
-from .data import build_conversation, build_prompt
+from .data import build_conversation, build_prompt, encode_all
 from .engine.blocks import is_decodable
 from .engine.decoder import choose, decode_all, uniform_draws
 from .files import file_sha256, JsonlCache
@@ -22,7 +22,8 @@ from .runs import hold_run
 
 # %% auto #0
 __all__ = ['Answer', 'read_answer', 'ChooseToken', 'generate_plain', 'answer_keys', 'kept_answer', 'encode_prompts',
-           'answer_prompts', 'progress_line', 'generate', 'prompt_builder', 'provenance', 'make_answerer']
+           'answer_prompts', 'progress_line', 'generate', 'prompt_builder', 'encode_in_template', 'provenance',
+           'make_answerer']
 
 # %% ../nbs/03a_generate.ipynb #03a006
 @dataclass
@@ -229,6 +230,20 @@ def prompt_builder(
         adds_start = tokenizer.bos_token_id in tokenizer("").input_ids
         return text.removeprefix(tokenizer.bos_token) if adds_start else text
     return in_own_template if name == "chat_template" else in_course_form
+
+# %% ../nbs/03a_generate.ipynb #57da476f
+def encode_in_template(
+    rows: list[dict], # records
+    tokenizer,        # of the base model; has a chat template
+    max_length: int,  # tokens of an example in the course's form
+) -> list[dict]: # input_ids and labels, as from `encode_all`
+    "Records in the base model's own chat template; response tokens are those of `encode_all`."
+    build, examples = prompt_builder("chat_template", tokenizer), []
+    for row, example in zip(rows, encode_all(rows, tokenizer, max_length)):
+        response = [label for label in example["labels"] if label != -100]
+        prompt = tokenizer(build(row["instruction"], row["context"])).input_ids
+        examples.append(dict(input_ids=prompt + response, labels=[-100] * len(prompt) + response))
+    return examples
 
 # %% ../nbs/03a_generate.ipynb #3a0a0014
 def provenance(

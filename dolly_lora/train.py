@@ -4,22 +4,21 @@
 
 # %% ../nbs/02_train.ipynb #d0e8f560
 from __future__ import annotations
-import gc, os, shutil
+import gc, os
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-from dataclasses import replace
 from pathlib import Path
 import torch
 from .config import DollyError, Recipe
 from .data import encode_split, prepare_data
 from .engine.packing import padding_cost
-from .files import publish, write_json
+from .files import write_json
 from .models import check_base, load_tokenizer
 from .runs import hold_run, start_run
 from .trainer import (
     explain_full_disk, fit, model_card, read_history, training_history, write_adapter)
 
 # %% auto #0
-__all__ = ['train_adapters', 'is_trained', 'train', 'plot_history', 'copy_split', 'train_seeds']
+__all__ = ['train_adapters', 'is_trained', 'train']
 
 # %% ../nbs/02_train.ipynb #2dc12d29
 def train_adapters(
@@ -64,70 +63,3 @@ def train(
     if is_trained(run_dir): return read_history(run_dir)
     with hold_run(run_dir), explain_full_disk(run_dir):
         return train_adapters(recipe, run_dir, log)
-
-# %% ../nbs/02_train.ipynb #60a1e007
-def plot_history(
-    history: dict, # from `train`
-):                 # a matplotlib Figure
-    "Training and validation loss, and the learning rate, over the steps."
-    import matplotlib.pyplot as plt
-    import pandas as pd
-    log = pd.DataFrame(history["log"])
-    validation = pd.DataFrame(history["validation"])
-    step = history["summary"]["best_step"]
-    loss = history["summary"]["best_validation_loss"]
-    smooth = log.loss.rolling(max(1, len(log) // 10), min_periods=1, center=True).mean()
-    fig, (ax, rate) = plt.subplots(2, 1, figsize=(7, 4.5), height_ratios=(4, 1), sharex=True)
-    ax.plot(log.step, log.loss, color="#4477aa", alpha=0.3, lw=1)
-    ax.plot(log.step, smooth, color="#4477aa", lw=2, label="training")
-    ax.plot(validation.step, validation.eval_loss, "o-", color="#ee6677", label="validation")
-    ax.plot(step, loss, "o", ms=12, mfc="none", color="#aa3344",
-            label=f"best: {loss:.3f} at step {step}")
-    ax.set(title="Loss on the response tokens", ylabel="nats per token")
-    ax.legend(frameon=False)
-    rate.plot(log.step, log.learning_rate, color="#228833")
-    rate.set(xlabel="optimizer step", ylabel="learning rate")
-    rate.ticklabel_format(axis="y", scilimits=(0, 0))
-    for a in (ax, rate): a.spines[["top", "right"]].set_visible(False)
-    return fig
-
-# %% ../nbs/02_train.ipynb #5c2f8b93
-def copy_split(
-    run_dir: Path, # of the main run
-    folder: Path,  # of the other seed
-):
-    "Copy the main run's data; the statistics last, since they say that the rest is complete."
-    names = sorted(path.name for path in (Path(run_dir) / "data").iterdir() if path.is_file())
-    for name in sorted(names, key=lambda name: name == "statistics.json"):
-        if not (folder / "data" / name).exists():
-            with publish(folder / "data" / name) as part:
-                shutil.copyfile(Path(run_dir) / "data" / name, part)
-
-# %% ../nbs/02_train.ipynb #5c2f8b91
-def train_seeds(
-    recipe: Recipe, # its `seed` is the main run's; `seeds` says how many trainings there are in all
-    run_dir: Path,  # of the main run; the others go to RUN_DIR/seeds/SEED
-    log=print,      # gets validations and warnings, then a line for each seed
-) -> dict[int, dict]: # seed -> training history, without the main run; raises as `train` does
-    "Train again with the next seeds on the same split; what is finished is not trained again."
-    prepare_data(recipe, run_dir)
-    histories = {}
-    for seed in range(recipe.seed + 1, recipe.seed + recipe.seeds):
-        folder = Path(run_dir) / "seeds" / str(seed)
-        again = replace(recipe, seed=seed, seeds=1)
-
-        def tell(line):
-            if "validation" in line or "warning" in line: log(f"seed {seed}: {line}")
-
-        with hold_run(run_dir), explain_full_disk(run_dir):
-            start_run(again, folder)
-            copy_split(run_dir, folder)
-            done = is_trained(folder)
-            history = read_history(folder) if done else train_adapters(again, folder, tell)
-            if int(os.environ.get("RANK", 0)) == 0:  # under torchrun the first process tidies up
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        histories[seed] = history
-        best = history["summary"]
-        log(f"seed {seed}: validation loss {best['best_validation_loss']:.4f} "
-            f"at step {best['best_step']}")
-    return histories

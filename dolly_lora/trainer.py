@@ -28,8 +28,8 @@ from .runs import environment
 # %% auto #0
 __all__ = ['CHECKPOINT_FILES', 'DollyTrainer', 'collate', 'Progress', 'OneCardConfig', 'training_arguments', 'check_tensors',
            'check_archive', 'check_state', 'is_checkpoint_file', 'checkpoint_damage', 'last_checkpoint', 'correct_best',
-           'training_history', 'read_history', 'model_card', 'write_adapter', 'check_disk', 'explain_full_disk',
-           'build_trainer', 'restore_finished', 'run_facts', 'fit']
+           'training_history', 'read_history', 'plot_history', 'model_card', 'write_adapter', 'check_disk',
+           'explain_full_disk', 'build_trainer', 'restore_finished', 'run_facts', 'fit']
 
 # %% ../nbs/02e_trainer.ipynb #37b026c2
 class DollyTrainer(SFTTrainer):
@@ -352,6 +352,32 @@ def read_history(
         raise DollyError(f"{short_path(path)} is not a training history: delete it and run "
                          f"02_train again, which goes on from the last checkpoint")
     return history
+
+# %% ../nbs/02e_trainer.ipynb #28e94447
+def plot_history(
+    history: dict, # as `training_history` gives
+):                 # a matplotlib Figure
+    "Training and validation loss, and the learning rate, over the steps."
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    log = pd.DataFrame(history["log"])
+    validation = pd.DataFrame(history["validation"])
+    step = history["summary"]["best_step"]
+    loss = history["summary"]["best_validation_loss"]
+    smooth = log.loss.rolling(max(1, len(log) // 10), min_periods=1, center=True).mean()
+    fig, (ax, rate) = plt.subplots(2, 1, figsize=(7, 4.5), height_ratios=(4, 1), sharex=True)
+    ax.plot(log.step, log.loss, color="#4477aa", alpha=0.3, lw=1)
+    ax.plot(log.step, smooth, color="#4477aa", lw=2, label="training")
+    ax.plot(validation.step, validation.eval_loss, "o-", color="#ee6677", label="validation")
+    ax.plot(step, loss, "o", ms=12, mfc="none", color="#aa3344",
+            label=f"best: {loss:.3f} at step {step}")
+    ax.set(title="Loss on the response tokens", ylabel="nats per token")
+    ax.legend(frameon=False)
+    rate.plot(log.step, log.learning_rate, color="#228833")
+    rate.set(xlabel="optimizer step", ylabel="learning rate")
+    rate.ticklabel_format(axis="y", scilimits=(0, 0))
+    for a in (ax, rate): a.spines[["top", "right"]].set_visible(False)
+    return fig
 
 # %% ../nbs/02e_trainer.ipynb #564bc112
 def model_card(

@@ -18,10 +18,12 @@ from dolly_lora import evaluate, models, verdicts
 from dolly_lora.config import PRESETS, DollyError, resolve
 from dolly_lora.data import build_conversation, build_prompt, encode_all
 from dolly_lora.files import json_line, read_json, read_jsonl, write_json
+from dolly_lora.generate import encode_in_template, prompt_builder, provenance
 from dolly_lora.judge import Reply
 from dolly_lora.models import load_base, load_tokenizer
 from dolly_lora.results import LossDifference, read_metrics
 from dolly_lora.runs import start_run
+from dolly_lora.seeds import measure_seeds
 from dolly_lora.train import train
 from test_verdicts import a_judge, garbage, judged_by
 
@@ -82,22 +84,22 @@ def test_answers_of_a_local_folder_depend_on_its_contents(tmp_path):
     (base / "config.json").write_text("{}")
     (base / "model.safetensors").write_bytes(b"one")
     recipe = replace(TINY, base=str(base))
-    before = evaluate.provenance(recipe, run, "base")
+    before = provenance(recipe, run, "base")
     (base / "notes.md").write_text("not a part of the model")
-    assert evaluate.provenance(recipe, run, "base") == before
+    assert provenance(recipe, run, "base") == before
     (base / "model.safetensors").write_bytes(b"two")
-    assert evaluate.provenance(recipe, run, "base") != before
+    assert provenance(recipe, run, "base") != before
 
 
 # The base model in its own chat template
 
 def test_prompts_of_the_contenders():
     tokenizer = template_tokenizer()
-    course = evaluate.prompt_builder("tuned", tokenizer)
+    course = prompt_builder("tuned", tokenizer)
     assert course("Why?", "Because.") == build_prompt("Why?", "Because.")
     turns = [("Name one.", "Two.")]
     assert course("Why?", turns=turns) == build_conversation(turns, "Why?", tokenizer.eos_token)
-    own = evaluate.prompt_builder("chat_template", tokenizer)
+    own = prompt_builder("chat_template", tokenizer)
     assert own("Why?", "Because.") == "<s>[user] Why?\n\nBecause.</s>[assistant] "
     both = "<s>[user] Name one.</s>[assistant] Two.</s>[user] Why?</s>[assistant] "
     assert own("Why?", turns=turns) == both
@@ -106,7 +108,7 @@ def test_prompts_of_the_contenders():
 @pytest.mark.parametrize("adds_start", [False, True])
 def test_the_start_token_stands_once_before_a_chat(adds_start):
     tokenizer = template_tokenizer(adds_start)
-    text = evaluate.prompt_builder("chat_template", tokenizer)("Why?")
+    text = prompt_builder("chat_template", tokenizer)("Why?")
     ids = tokenizer(text).input_ids
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
@@ -116,14 +118,14 @@ def test_the_loss_in_the_own_template_is_over_the_same_tokens():
     rows = RECORDS + [dict(RECORDS[0], response="word " * 400),       # is cut
                       dict(RECORDS[0], instruction="word " * 400)]    # leaves no room
     labels = [[[i for i in e["labels"] if i != -100] for e in encode(rows, tokenizer, 256)]
-              for encode in (encode_all, evaluate.encode_in_template)]
+              for encode in (encode_all, encode_in_template)]
     assert labels[0] == labels[1] and labels[0][0][-1] == tokenizer.eos_token_id
-    for row, e in zip(rows, evaluate.encode_in_template(rows, tokenizer, 256)):
-        build = evaluate.prompt_builder("chat_template", tokenizer)
+    for row, e in zip(rows, encode_in_template(rows, tokenizer, 256)):
+        build = prompt_builder("chat_template", tokenizer)
         prompt = tokenizer(build(row["instruction"])).input_ids
         assert e["input_ids"][:len(prompt)] == prompt and len(e["labels"]) == len(e["input_ids"])
     counts = [evaluate.token_losses(load_base(TINY), tokenizer, rows, TINY, encode=encode)[:, 1]
-              for encode in (encode_all, evaluate.encode_in_template)]
+              for encode in (encode_all, encode_in_template)]
     assert counts[0].tolist() == counts[1].tolist()
 
 
@@ -235,7 +237,7 @@ def test_a_training_history_of_something_else_ends_in_one_line(tmp_path):
     write_json(tmp_path / "training_history.json", dict(something="else"))
     recipe = resolve(**parameters(tmp_path, overrides="seeds=3"))[0]
     with pytest.raises(DollyError, match="is not a training history: delete it") as e:
-        evaluate.measure_seeds(recipe, tmp_path, 1.0, None, [])
+        measure_seeds(recipe, tmp_path, 1.0, None, [])
     assert "\n" not in str(e.value)
 
 

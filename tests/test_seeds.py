@@ -1,5 +1,4 @@
 """`train_seeds` trains again with other seeds on the same split, and nothing twice."""
-import importlib
 import shutil
 import subprocess
 import sys
@@ -9,14 +8,15 @@ from unittest.mock import patch
 import pytest
 
 from conftest import ROOT
+from dolly_lora import seeds
 from dolly_lora.config import PRESETS, DollyError
 from dolly_lora.engine.step import FusedLlama
 from dolly_lora.models import load_tuned
 from dolly_lora.runs import load_run
-from dolly_lora.train import train, train_seeds
+from dolly_lora.seeds import train_seeds
+from dolly_lora.train import train
 from training import adapters, quiet, same
 
-library = importlib.import_module("dolly_lora.train")  # the package has a function of that name
 RECIPE = replace(PRESETS["tiny"], max_steps=6, eval_steps=2, seeds=2)
 SEED = RECIPE.seed + 1
 
@@ -25,7 +25,7 @@ DIE = """
 import os, sys
 from dataclasses import replace
 from dolly_lora.config import PRESETS
-from dolly_lora.train import train_seeds
+from dolly_lora.seeds import train_seeds
 recipe = replace(PRESETS['tiny'], max_steps=6, eval_steps=2, seeds=2)
 def log(line):
     if "step     4/" in line: os._exit(9)
@@ -94,14 +94,14 @@ def test_a_killed_one_goes_on(trained, main_alone):
 def test_killed_while_the_split_was_copied(trained, main_alone):
     """The statistics come last: without them nobody would split anew with the other seed."""
     seed_dir = main_alone / "seeds" / str(SEED)
-    real = library.publish
+    real = seeds.publish
 
     def publish(path):
         if path.name == "val.jsonl":
             raise KeyboardInterrupt
         return real(path)
 
-    with patch.object(library, "publish", publish), pytest.raises(KeyboardInterrupt):
+    with patch.object(seeds, "publish", publish), pytest.raises(KeyboardInterrupt):
         train_seeds(RECIPE, main_alone, log=quiet)
     assert not (seed_dir / "data/statistics.json").exists()
     assert same(train_seeds(RECIPE, main_alone, log=quiet)[SEED], trained[2][SEED])

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from dolly_lora import alpaca, evaluate, mtbench, verdicts
+from dolly_lora import alpaca, mtbench, verdicts
 from dolly_lora.config import PRESETS, DollyError
 from dolly_lora.files import file_sha256, read_json, write_json, write_jsonl
+from dolly_lora.generate import make_answerer
 from dolly_lora.judge import Question, Reply, Scripted
 from dolly_lora.mtbench import OWN_PROMPTS, load_questions
 from dolly_lora.results import (
@@ -320,7 +321,7 @@ def test_another_process_s_run_folder_is_not_written_to(tmp_path):
                          stdout=subprocess.PIPE, text=True)
     try:
         assert p.stdout.readline() == "held\n"
-        answer = evaluate.make_answerer(None, None, TINY, run, "base")
+        answer = make_answerer(None, None, TINY, run, "base")
         for write in (lambda: verdicts.judge_answers(a_judge(), TINY, run, RECORDS),
                       lambda: verdicts.keep_verdicts(run, "j", None),
                       lambda: verdicts.keep_judgment(run, None),

@@ -311,8 +311,7 @@ def fits_llama(
     model, # a causal language model; only a PeftModel can be trained
     tokens: int, # of the longest example
 ) -> bool:
-    ("Can `FusedLlama` train it? A Llama, one plain LoRA adapter, "
-     "on just the seven linears of each block.")
+    "Can `FusedLlama` train it: a Llama, one plain LoRA adapter, on all seven linears alone?"
     if not hasattr(model, "get_base_model") or not is_llama(model, tokens): return False
     base, names = model.get_base_model(), model.active_adapters
     if len(names) != 1: return False

@@ -79,8 +79,7 @@ def rms_norm(
     w: torch.Tensor, # [features]
     eps: float,      # of the model's config
 ): # (y like x, 1 / rms: float32 [tokens, 1])
-    ("Scale every token to a mean square of one, then every feature by its weight, "
-     "as LlamaRMSNorm does.")
+    "LlamaRMSNorm: every token scaled to a mean square of one, every feature by its weight."
     scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
     return w * (x.float() * scale).to(x.dtype), scale
 
@@ -242,8 +241,7 @@ def _swiglu_backward_triton(g, gu):
 
 # %% ../../nbs/02b_kernels.ipynb #02b032
 class Dropout:
-    ("The dropout masks of linears with a common input, "
-     "which can be drawn again from seed and numbers.")
+    "Dropout masks of linears with a common input, drawn again from seed and numbers."
     def __init__(self,
         seed: torch.Tensor, # int64, on the device; of this step, the same for all its batches
         linear_index: int,  # number of the first of these linears in the model
@@ -559,6 +557,5 @@ def operations(
     device: torch.device, # of the model
     rank: int = 0,        # of its adapters; 0: it has none
 ) -> Operations: # PLAIN or TRITON
-    ("What a device can run: Triton from compute capability 8.0 and up to MAX_RANK, "
-     "PyTorch elsewhere.")
+    "Triton from compute capability 8.0 and up to MAX_RANK, PyTorch elsewhere."
     return TRITON if triton and is_ampere(device) and rank <= MAX_RANK else PLAIN
