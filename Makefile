@@ -20,7 +20,7 @@ demo: install            ## the whole course on a small model and sample, to run
 
 test: install            ## nbdev_test over every notebook, then tests/
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs --n_workers 2 --do_print
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 3 --dist loadfile --no-loadscope-reorder tests
 
 site: $(VENV)/.site      ## the notebooks and the API's reference as a site with search, in _docs/
 	$(BIN)/python tools/site.py _docs

@@ -1,11 +1,16 @@
 """Shared by the tests: where the real data lie, and a run folder that several tests read."""
+import json
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # else a library tries for half a minute to reach the hub
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("DOLLY_LORA_SHARED", ROOT.parent / "shared")) / "data"
@@ -30,10 +35,39 @@ def shared():
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    """The whole course under papermill with the tiny preset: (run folder, finished process)."""
-    folder = tmp_path_factory.mktemp("tiny")
-    return folder, cli("run", "tiny", "--run-dir", folder)
+def tiny_run(tmp_path_factory, worker_id):
+    """The whole course under papermill with the tiny preset: (run folder, finished process).
+
+    Made once; each of several pytest workers gets a copy.
+    """
+    base = tmp_path_factory.getbasetemp()
+    made = (base if worker_id == "master" else base.parent) / "tiny_run"
+    with FileLock(f"{made}.lock"):
+        if not made.exists():
+            done = cli("run", "tiny", "--run-dir", made)
+            said = dict(args=[], returncode=done.returncode, stdout=done.stdout,
+                        stderr=done.stderr)
+            Path(f"{made}.json").write_text(json.dumps(said))
+    copy = tmp_path_factory.mktemp("tiny") / "run"
+    shutil.copytree(made, copy)
+    return copy, subprocess.CompletedProcess(**json.loads(Path(f"{made}.json").read_text()))
+
+
+@pytest.fixture()
+def call(capsys):
+    """`dolly-lora ARGS` inside this process: returncode, stdout and stderr."""
+    from dolly_lora.cli import main
+
+    def call(*args):
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            try:
+                code = main([str(arg) for arg in args])
+            except SystemExit as e:
+                code = e.code
+        return subprocess.CompletedProcess(args, code or 0, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session")

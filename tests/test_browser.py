@@ -438,10 +438,35 @@ def picture_of_all(page, path):
 
 # Hostile texts
 
+class HostileJudge(http.server.BaseHTTPRequestHandler):
+    """Says the hostile texts, and a rating and a verdict with them."""
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        message = dict(content=" ".join(HOSTILE) + " [[5]] [[A]]")
+        body = json.dumps(dict(choices=[dict(message=message)])).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
 @pytest.fixture(scope="module")
-def hostile_run(chromium, tmp_path_factory):
-    """A run in which records, categories, answers, base model and judge are named by somebody
-    who means harm: (its folder, the process)."""
+def hostile_judge():
+    """A judge behind an endpoint: its address."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HostileJudge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def hostile_run(chromium, hostile_judge, judge_env, tmp_path_factory):
+    """A run in which records, categories, answers, base model, judge and its replies are by
+    somebody who means harm: (its folder, the process)."""
     from tokenizers import Regex, decoders
     from dolly_lora.models import tiny_model, tiny_tokenizer
     folder = tmp_path_factory.mktemp("hostile")
@@ -458,7 +483,8 @@ def hostile_run(chromium, tmp_path_factory):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = folder / "run"
     return run, cli("run", "tiny", "--run-dir", run, "--dataset", data,
-                    "--set", f"base={base}", f"judge=local:{base}")
+                    "--set", f"base={base}", f"judge={HOSTILE[1]}",
+                    env=judge_env | dict(OPENAI_API_KEY="none", OPENAI_BASE_URL=hostile_judge))
 
 
 def offline_page(chromium):
@@ -491,6 +517,7 @@ def harmless(page):
 def test_a_hostile_run_ends(hostile_run):
     run, done = hostile_run
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert HOSTILE[2] in (run / "judgments/replies.jsonl").read_text()
 
 
 @pytest.mark.parametrize("name", [*FIGURES, "report"])
@@ -501,55 +528,10 @@ def test_hostile_texts_are_shown_and_do_nothing(chromium, hostile_run, name, tmp
     page.wait_for_timeout(300)
     harmless(page)
     shown = page.locator("body").inner_text()
-    named = HOSTILE[:1] if name == "05_report" else HOSTILE  # 05 names the base, other texts no more
+    named = HOSTILE[:1] if name == "05_report" else HOSTILE  # 05 names the base and no other
     assert dialogs == [] and [text for text in named if text not in shown] == []
     if name == "03_eval":
         assert "<eos>" in shown                             # in a test record
-    page.close()
-
-
-class HostileJudge(http.server.BaseHTTPRequestHandler):
-    """Says the hostile texts, and a rating and a verdict with them."""
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        message = dict(content=" ".join(HOSTILE) + " [[5]] [[A]]")
-        body = json.dumps(dict(choices=[dict(message=message)])).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def hostile_judge():
-    """A judge behind an endpoint: its address."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HostileJudge)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_hostile_judge_does_nothing(chromium, hostile_run, hostile_judge, judge_env, tmp_path):
-    """With a hostile name and hostile replies, about the hostile run's answers."""
-    folder = tmp_path / "run"
-    shutil.copytree(hostile_run[0], folder)
-    recipe = json.loads((folder / "recipe.json").read_text())["recipe"]
-    done = cli("run", "tiny", "--run-dir", folder, "--dataset", recipe["dataset"],
-               "--set", f"base={recipe['base']}", f"judge={HOSTILE[1]}",
-               env=judge_env | dict(OPENAI_API_KEY="none", OPENAI_BASE_URL=hostile_judge))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert HOSTILE[2] in (folder / "judgments/replies.jsonl").read_text()
-    page = offline_page(chromium)
-    for name in "03_eval", "05_report", "report":
-        page.goto(page_of(folder, name, tmp_path).as_uri(), wait_until="load")
-        page.wait_for_timeout(300)
-        harmless(page)
-        if name != "05_report":
-            assert HOSTILE[1] in page.locator("body").inner_text()
     page.close()
 
 

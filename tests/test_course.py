@@ -75,32 +75,6 @@ def test_official_formats(tiny_run):
     assert len({r["answer_id"] for r in rows}) == len(rows) == 8
 
 
-def test_running_again_resumes_and_changes_nothing(tiny_run, tmp_path):
-    folder = tmp_path / "again"
-    shutil.copytree(tiny_run[0], folder)
-    from dolly_lora.verdicts import judge_slug
-
-    before = {
-        p: (folder / p).read_bytes()
-        for p in (
-            "training_history.json",
-            "answers/test/tuned.json",
-            "answers/mt_bench/model_answer/tiny-tuned.jsonl",
-            f"judgments/mt_bench/model_judgment/{judge_slug('local tiny')}_single.jsonl",
-        )
-    }
-    (folder / "metrics.json").unlink()
-    done = cli("run", "tiny", "--run-dir", folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert before == {p: (folder / p).read_bytes() for p in before}
-    assert (
-        "step " not in done.stdout and "answers," not in done.stdout
-    )  # nothing was trained or generated twice
-    assert json.loads((folder / "metrics.json").read_text()) == json.loads(
-        (tiny_run[0] / "metrics.json").read_text()
-    )
-
-
 def test_same_recipe_same_history(tiny_run, tmp_path):
     from dolly_lora.config import PRESETS
     from dolly_lora.train import train
@@ -113,7 +87,7 @@ def test_same_recipe_same_history(tiny_run, tmp_path):
     )
 
 
-def test_mistakes_are_one_line_and_exit_2(tmp_path, tiny_run):
+def test_mistakes_are_one_line_and_exit_2(tmp_path, tiny_run, call):
     calls = [
         ("run", "smolm2"),
         ("run", "tiny", "--set", "epoch=1"),
@@ -129,16 +103,15 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path, tiny_run):
         ("report", "--run-dir", tmp_path),
     ]
     (tmp_path / "broken.jsonl").write_text("{")
-    for call in calls:
-        start, done = time.time(), cli(*call)
+    for command in calls:
+        done = call(*command)
         assert (
             done.returncode == 2
             and done.stderr.startswith("dolly-lora: ")
             and done.stderr.count("\n") == 1
             and "==" not in done.stdout
-        ), (call, done.stdout, done.stderr)
-        assert time.time() - start < 60
-    assert cli("walk").returncode == 2
+        ), (command, done.stdout, done.stderr)
+    assert call("walk").returncode == 2
 
 
 def test_failing_cell_names_cell_error_and_notebook(tiny_run, tmp_path):
@@ -248,28 +221,25 @@ with StageClock(sys.argv[1], "02_train"):
 
 
 def test_a_judge_that_cannot_be_had_is_told_before_a_kernel_starts(
-    tiny_run, tmp_path, monkeypatch
+    tiny_run, tmp_path, monkeypatch, call
 ):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for judge, why in (
         ("gpt-4-1106-preview", "OPENAI_API_KEY is not set"),
         ("local:./nowhere", "no base model at './nowhere'"),
     ):
-        for call in ("run", "tiny", "--run-dir", tmp_path / "run", "--set", f"judge={judge}"), (
-            "judge",
-            "--run-dir",
-            tiny_run[0],
-            "--judge",
-            judge,
+        for command in (
+            ("run", "tiny", "--run-dir", tmp_path / "run", "--set", f"judge={judge}"),
+            ("judge", "--run-dir", tiny_run[0], "--judge", judge),
         ):
-            done = cli(*call)
+            done = call(*command)
             assert (
                 done.returncode == 2
                 and why in done.stderr
                 and done.stderr.count("\n") == 1
                 and "==" not in done.stdout
-            ), (call, done.stderr)
-    done = cli(
+            ), (command, done.stderr)
+    done = call(
         "judge", "--run-dir", tiny_run[0], "--judge", "gpt-4-1106-preview", "--dry-run"
     )  # lengths are enough
     assert done.returncode == 0 and re.search(
@@ -278,30 +248,44 @@ def test_a_judge_that_cannot_be_had_is_told_before_a_kernel_starts(
 
 
 def test_a_second_judge_stands_beside_the_first_and_a_later_run_keeps_it(tiny_run, tmp_path):
+    """And the later run repeats nothing: what was trained, answered and judged is as it was."""
     from dolly_lora.models import tiny_model, tiny_tokenizer
+    from dolly_lora.verdicts import judge_slug
 
     folder, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(tiny_run[0], folder)
     tiny_model(seed=1).save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
-    done = cli("judge", "--run-dir", folder, "--judge", f"local:{other}")
+    judge = f"local:{other}"
+    done = cli("judge", "--run-dir", folder, "--judge", judge)
     assert done.returncode == 0, done.stderr
+    kept = [
+        "training_history.json",
+        "answers/test/tuned.json",
+        "answers/mt_bench/model_answer/tiny-tuned.jsonl",
+        f"judgments/mt_bench/model_judgment/{judge_slug('local tiny')}_single.jsonl",
+    ]
+    before = {name: (folder / name).read_bytes() for name in kept}
     for command in ("report", "--run-dir", folder), ("run", "tiny", "--run-dir", folder):
         done = cli(*command)
         assert done.returncode == 0, done.stderr
-        judgments = json.loads((folder / "metrics.json").read_text())["judgments"]
-        assert set(judgments) == {"local tiny", f"local {other}"}
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert set(metrics["judgments"]) == {"local tiny", f"local {other}"}
         page = (folder / "report/report.html").read_text()
         assert page.count("<img alt=") == 12  # nine, and three of the second judge
+    assert "step " not in done.stdout and "answers," not in done.stdout
+    assert before == {name: (folder / name).read_bytes() for name in kept}
+    metrics["judgments"].pop(f"local {other}")
+    assert metrics == json.loads((tiny_run[0] / "metrics.json").read_text())
 
 
-def test_folders_and_files_that_are_no_runs_are_one_line(tmp_path):
+def test_folders_and_files_that_are_no_runs_are_one_line(tmp_path, call):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/recipe.json").write_text("")
     for command in ("run", "tiny"), ("chat",), ("judge",), ("report",):
         for place in "file", "empty":
-            done = cli(*command, "--run-dir", tmp_path / place)
+            done = call(*command, "--run-dir", tmp_path / place)
             assert (
                 done.returncode == 2
                 and done.stderr.startswith("dolly-lora: ")

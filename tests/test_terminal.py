@@ -166,10 +166,10 @@ def test_batch_goes_on_after_an_interruption(tiny_run, tmp_path):
     assert answers.read_bytes() == whole
 
 
-def test_mistakes_are_one_line(tiny_run, tmp_path):
+def test_mistakes_are_one_line(tiny_run, tmp_path, call):
     (tmp_path / "bad.jsonl").write_text('{"instruction": 3}\n')
-    for call in (("--batch", tmp_path / "bad.jsonl"), ("--batch", tmp_path),
-                 ("--batch", tmp_path / "no.txt"), ("--out", tmp_path / "a.jsonl")):
-        done = cli("chat", "--run-dir", tiny_run[0], *call)
-        assert done.returncode == 2, (call, done.stderr)
+    for options in (("--batch", tmp_path / "bad.jsonl"), ("--batch", tmp_path),
+                    ("--batch", tmp_path / "no.txt"), ("--out", tmp_path / "a.jsonl")):
+        done = call("chat", "--run-dir", tiny_run[0], *options)
+        assert done.returncode == 2, (options, done.stderr)
         assert done.stderr.startswith("dolly-lora: ") and done.stderr.count("\n") == 1
