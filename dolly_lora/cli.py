@@ -621,6 +621,8 @@ def run_options(p): # `p`: an argparse parser
     "Options of `run`."
     p.add_argument("preset", help=", ".join(PRESETS))
     p.add_argument("--run-dir", default="", help="default runs/PRESET")
+    p.add_argument("--gpus", type=int, default=0, metavar="N",
+                   help="cards that share the work, default all that can be seen")
     recipe_options(p)
 
 def chat_options(p): # `p`: an argparse parser
@@ -684,7 +686,8 @@ def dispatch(
 ) -> int: # exit status
     "Call the function that a command stands for."
     if args.command == "run":
-        return run(args.preset, args.run_dir, shlex.join(args.set), args.dataset)
+        gpus = [f"gpus={args.gpus}"] if args.gpus else []
+        return run(args.preset, args.run_dir, shlex.join([*args.set, *gpus]), args.dataset)
     if args.command == "chat":
         return chat(args.run_dir, args.batch, not args.no_lora, args.base, args.out,
                     args.temperature)

@@ -170,7 +170,7 @@ def environment() -> dict: # python, packages, cpu_cores, commit, gpu (name, mem
 # %% ../nbs/00c_runs.ipynb #c29f97df
 # fields that what is learnt does not depend on
 EVALUATION = {"test_answers", "alpaca", "mtbench", "judge", "max_new_tokens", "benchmark_tokens",
-              "generation_batch_size", "memory"}
+              "generation_batch_size", "memory", "gpus"}
 
 def weights_within_reach(
     recipe: Recipe, # its `base` and `revision`

@@ -13,6 +13,7 @@ from .data import encode_split, prepare_data
 from .engine.packing import padding_cost
 from .files import write_json
 from .models import check_base, load_tokenizer
+from .processes import count_processes, run_workers
 from .runs import hold_run, start_run
 from .trainer import (
     explain_full_disk, fit, model_card, read_history, training_history, write_adapter)
@@ -30,6 +31,10 @@ def train_adapters(
     check_base(recipe)
     tokenizer = load_tokenizer(recipe)
     splits = prepare_data(recipe, run_dir)
+    processes = count_processes(recipe)
+    if processes > 1: # this one waits for them
+        run_workers(processes, run_dir, log)
+        return read_history(run_dir)
     data = {name: encode_split(splits[name], tokenizer, recipe) for name in ("train", "val")}
     for name, (examples, _) in data.items():
         if not len(examples):

@@ -12,11 +12,13 @@ import torch
 import transformers
 from fastcore.basics import patch
 from safetensors import safe_open
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
-from .config import ConfigError, DollyError, Recipe, short_path
+from .config import DollyError, Recipe, short_path
 from .engine.packing import pack, share_out
 from .engine.step import make_engine
 from .figures import escape_text
@@ -26,10 +28,10 @@ from .models import add_lora, load_base
 from .runs import environment
 
 # %% auto #0
-__all__ = ['CHECKPOINT_FILES', 'DollyTrainer', 'collate', 'Progress', 'OneCardConfig', 'training_arguments', 'check_tensors',
-           'check_archive', 'check_state', 'is_checkpoint_file', 'checkpoint_damage', 'last_checkpoint', 'correct_best',
-           'training_history', 'read_history', 'plot_history', 'model_card', 'write_adapter', 'check_disk',
-           'explain_full_disk', 'build_trainer', 'restore_finished', 'run_facts', 'fit']
+__all__ = ['CHECKPOINT_FILES', 'DollyTrainer', 'count_learnt', 'collate', 'Progress', 'OneCardConfig', 'training_arguments',
+           'check_tensors', 'check_archive', 'check_state', 'is_checkpoint_file', 'checkpoint_damage',
+           'last_checkpoint', 'correct_best', 'training_history', 'read_history', 'plot_history', 'model_card',
+           'write_adapter', 'check_disk', 'explain_full_disk', 'build_trainer', 'restore_finished', 'run_facts', 'fit']
 
 # %% ../nbs/02e_trainer.ipynb #37b026c2
 class DollyTrainer(SFTTrainer):
@@ -43,6 +45,9 @@ class DollyTrainer(SFTTrainer):
         for p in self.model.parameters():
             if p.requires_grad: p.data = p.data.float()
         self.engine = build(self.model)
+        if self.args.world_size > 1:
+            # the step adds the gradients up itself: nothing to wrap, nothing to move
+            self.accelerator.prepare_model = lambda model, *args, **kwargs: model
 
     def create_optimizer(self, model=None):
         "The optimizer of the training arguments, over the engine's one flat parameter."
@@ -62,6 +67,28 @@ class DollyTrainer(SFTTrainer):
         if self.args.world_size > 1: torch.distributed.all_reduce(x)
         return x
 
+    def read_whole(self,
+        dataset: Dataset, # training or validation split
+        sampler,          # decides the order
+        batch_size: int,  # examples of a batch, for all processes together
+    ): # a DataLoader
+        "Read every batch whole on every process; `collate` takes the process's share of it."
+        loader = DataLoader(dataset, batch_size, sampler=sampler, collate_fn=self.data_collator,
+                            pin_memory=self.args.dataloader_pin_memory)
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0,
+                                   put_on_device=True, use_seedable_sampler=True,
+                                   data_seed=self.args.data_seed)
+
+    def get_train_dataloader(self):
+        "The training split, by default shuffled anew in every epoch, for all processes alike."
+        return self.read_whole(self.train_dataset, self._get_train_sampler(),
+                               self.args.train_batch_size)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        "The validation split, each example once."
+        return self.read_whole(self.eval_dataset, SequentialSampler(self.eval_dataset),
+                               self.args.eval_batch_size)
+
     def _clip_grad_norm(self, model):
         return self.accelerator.clip_grad_norm_([self.engine.flat.whole], self.args.max_grad_norm)
 
@@ -72,19 +99,24 @@ class DollyTrainer(SFTTrainer):
         pass      # we write our own, see `model_card`
 
 # %% ../nbs/02e_trainer.ipynb #i4107953
+def count_learnt(
+    rows: list, # PackedBatch each; may be empty
+) -> torch.Tensor: # int64
+    "The tokens of packed batches whose prediction is learnt."
+    return sum(((row.targets != -100).sum() for row in rows), torch.tensor(0))
+
 @patch
 def training_step(self: DollyTrainer, model, inputs, num_items_in_batch=None):
     "Loss of a step; its gradients are then in the flat parameter."
     world = self.args.world_size
     scaler = self.accelerator.scaler
     flat = self.engine.flat
-    items = self.sum_over_processes(sum((row.targets != -100).sum() for row in inputs["rows"]))
+    items = self.sum_over_processes(count_learnt(inputs["rows"]))
     one = torch.ones((), device=flat.whole.device)
     scale = scaler.scale(one) if scaler else one
-    # each step, on each process, draws its own dropout masks
-    seed = (self.args.seed * 10**6 + self.state.global_step) * world + self.args.process_index
+    seed = self.args.seed * 10**6 + self.state.global_step  # each step draws its own dropout masks
     flat.start()
-    loss = sum(self.engine.step(row, items / scale, seed) for row in inputs["rows"])
+    loss = sum((self.engine.step(row, items / scale, seed) for row in inputs["rows"]), 0 * one)
     if world > 1: torch.distributed.all_reduce(flat.grad)
     return loss / scale * world  # the Trainer averages over processes
 
@@ -94,8 +126,8 @@ def evaluation_loop(self: DollyTrainer, dataloader, description, prediction_loss
                     ignore_keys=None, metric_key_prefix="eval"):
     "The mean loss over all learnt tokens of a split."
     rows = [row for batch in dataloader for row in batch["rows"]]
-    nll = self.sum_over_processes(sum(self.engine.loss(row, 1) for row in rows))
-    tokens = self.sum_over_processes(sum((row.targets != -100).sum() for row in rows))
+    nll = self.sum_over_processes(sum((self.engine.loss(row, 1) for row in rows), torch.zeros(())))
+    tokens = self.sum_over_processes(count_learnt(rows))
     metrics = {f"{metric_key_prefix}_loss": float(nll / tokens)}
     return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
 
@@ -103,12 +135,15 @@ def evaluation_loop(self: DollyTrainer, dataloader, description, prediction_loss
 def collate(
     examples: list[dict], # input_ids and labels of a step, or of a batch of the validation split
     token_budget: int,    # tokens that a packed batch may have
-) -> dict[str, list]:     # `rows`, a list of PackedBatch
+    processes: int = 1,   # that compute the batch together
+    index: int = 0,       # of this process among them
+) -> dict[str, list]:     # `rows`, a list of PackedBatch: this process's share, perhaps empty
     "Pack the examples of a batch into as few packed batches as the budget allows."
     lengths = [len(e["input_ids"]) for e in examples]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    mine = share_out(lengths, token_budget, processes)[index::processes]
     rows = [pack([examples[i] for i in chosen], [starts[i] for i in chosen])
-            for chosen in share_out(lengths, token_budget)]
+            for chosen in mine if chosen]
     return dict(rows=rows)
 
 # %% ../nbs/02e_trainer.ipynb #5bfff79b
@@ -156,23 +191,24 @@ class OneCardConfig(SFTConfig):
     def n_gpu(self):
         return min(1, super().n_gpu)
 
+    @property
+    def device(self):
+        device = super().device  # cpu:0 in one of several CPU processes, where nothing can be loaded
+        return torch.device("cpu") if device.type == "cpu" else device
+
 # %% ../nbs/02e_trainer.ipynb #00594cab
 def training_arguments(
     recipe: Recipe,  # the hyperparameters
     run_dir: Path,   # checkpoints go to RUN_DIR/checkpoints
     resuming: bool,  # a resumed run has already been validated at its start
-) -> SFTConfig:      # `ConfigError` where the processes cannot share a step's examples evenly
+) -> SFTConfig:
     "The recipe as TRL's arguments."
     cuda = torch.cuda.is_available()
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if recipe.batch_size % world:
-        raise ConfigError(f"batch_size={recipe.batch_size} cannot be shared by {world} processes: "
-                          f"choose a multiple")
     return OneCardConfig(
         output_dir=str(Path(run_dir) / "checkpoints"),
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps or -1,
-        per_device_train_batch_size=recipe.batch_size // world,
+        per_device_train_batch_size=recipe.batch_size,  # of all processes together: `read_whole`
         per_device_eval_batch_size=64,
         gradient_accumulation_steps=1,
         gradient_checkpointing=False,     # the engine's memory plan decides
@@ -478,7 +514,9 @@ def build_trainer(
     trainer = DollyTrainer(
         model=model, args=training_arguments(recipe, run_dir, resuming), processing_class=tokenizer,
         train_dataset=data["train"][0], eval_dataset=data["val"][0], callbacks=[Progress(log)],
-        data_collator=lambda examples: collate(examples, trainer.engine.plan.token_budget))
+        data_collator=lambda examples: collate(examples, trainer.engine.plan.token_budget,
+                                               trainer.args.world_size,
+                                               trainer.args.process_index))
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.use_engine(lambda model: make_engine(model, recipe))
     engine = trainer.engine

@@ -145,18 +145,19 @@ def attend(
 def share_out(
     lengths: list[int], # tokens of each example of a step
     budget: int,        # tokens that a batch may have; a longer example gets a batch of its own
-) -> list[list[int]]: # the numbers of the examples, batch by batch
+    processes: int = 1, # that compute the step together: the number of batches is a multiple
+) -> list[list[int]]: # the numbers of the examples, batch by batch; a batch can be empty
     "Divide a step's examples among few batches within the budget, about equally long."
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    n = math.ceil(sum(lengths) / budget)
+    n = processes * math.ceil(min(len(lengths), sum(lengths) / budget) / processes)
     while True:
         batches, load = [[] for _ in range(n)], [0] * n
         for i in longest_first:
             emptiest = load.index(min(load))
             batches[emptiest].append(i)
             load[emptiest] += lengths[i]
-        if max(load) <= budget or n >= len(lengths): return [sorted(b) for b in batches if b]
-        n += 1
+        if max(load) <= budget or n >= len(lengths): return [sorted(b) for b in batches]
+        n += processes
 
 # %% ../../nbs/02a_packing.ipynb #02a022
 def packed_attention(
