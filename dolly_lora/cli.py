@@ -621,8 +621,8 @@ def run_options(p): # `p`: an argparse parser
     "Options of `run`."
     p.add_argument("preset", help=", ".join(PRESETS))
     p.add_argument("--run-dir", default="", help="default runs/PRESET")
-    p.add_argument("--gpus", type=int, default=0, metavar="N",
-                   help="cards that share the work, default all that can be seen")
+    p.add_argument("--gpus", type=int, metavar="N",
+                   help="cards that share the training, default 1; 0: all there are")
     recipe_options(p)
 
 def chat_options(p): # `p`: an argparse parser
@@ -686,7 +686,7 @@ def dispatch(
 ) -> int: # exit status
     "Call the function that a command stands for."
     if args.command == "run":
-        gpus = [f"gpus={args.gpus}"] if args.gpus else []
+        gpus = [] if args.gpus is None else [f"gpus={args.gpus}"]
         return run(args.preset, args.run_dir, shlex.join([*args.set, *gpus]), args.dataset)
     if args.command == "chat":
         return chat(args.run_dir, args.batch, not args.no_lora, args.base, args.out,

@@ -24,7 +24,7 @@ def count_processes(
     if not cards: return max(1, recipe.gpus)
     if recipe.gpus > cards:
         raise ConfigError(f"gpus={recipe.gpus} and {cards} can be seen: choose at most {cards}, "
-                          f"or 0 for all")
+                          f"or 0 for all of them")
     return recipe.gpus or cards
 
 # %% ../nbs/02j_processes.ipynb #cab557b7
@@ -77,6 +77,7 @@ def why_they_died(
     error = re.findall(r"^(?:\[rank\d+\]: ?)?(\w*(?:Error|Exception)\b.*)", said, re.M)
     return f"one of the processes ended ({error[0][:200] if error else 'without a word'})"
 
+# %% ../nbs/02j_processes.ipynb #3f4ebb15
 def run_workers(
     processes: int,
     run_dir: Path, # of a run, with its recipe and its data

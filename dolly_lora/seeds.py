@@ -15,7 +15,7 @@ from .files import publish
 from .models import load_tuned
 from .results import seed_spread, SeedResult, SeedResults
 from .runs import hold_run, load_run, start_run
-from .train import is_trained, train_adapters
+from .train import train
 from .trainer import explain_full_disk, read_history
 
 # %% auto #0
@@ -52,8 +52,7 @@ def train_seeds(
         with hold_run(run_dir), explain_full_disk(run_dir):
             start_run(again, folder)
             copy_split(run_dir, folder)
-            done = is_trained(folder)
-            history = read_history(folder) if done else train_adapters(again, folder, tell)
+            history = train(again, folder, tell)
             if int(os.environ.get("RANK", 0)) == 0:  # under torchrun the first process tidies up
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         histories[seed] = history

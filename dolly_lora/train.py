@@ -19,52 +19,40 @@ from .trainer import (
     explain_full_disk, fit, model_card, read_history, training_history, write_adapter)
 
 # %% auto #0
-__all__ = ['train_adapters', 'is_trained', 'train']
+__all__ = ['train']
 
 # %% ../nbs/02_train.ipynb #2dc12d29
-def train_adapters(
-    recipe: Recipe, # what to do
-    run_dir: Path,  # where; the caller holds it, see `hold_run`
-    log,            # gets the live lines
-) -> dict: # the training history
-    "Train from the last whole checkpoint if there is one; write history and adapter."
-    check_base(recipe)
-    tokenizer = load_tokenizer(recipe)
-    splits = prepare_data(recipe, run_dir)
-    processes = count_processes(recipe)
-    if processes > 1: # this one waits for them
-        run_workers(processes, run_dir, log)
-        return read_history(run_dir)
-    data = {name: encode_split(splits[name], tokenizer, recipe) for name in ("train", "val")}
-    for name, (examples, _) in data.items():
-        if not len(examples):
-            raise DollyError(f"no {name} example has room for a response within "
-                             f"{recipe.max_length} tokens: set a larger max_length")
-    trainer, facts = fit(recipe, run_dir, tokenizer, data, log)
-    examples, counts = data["train"]
-    padding = padding_cost([len(ids) for ids in examples["input_ids"]], 4)
-    history = training_history(trainer, counts, facts | dict(padding=padding))
-    if trainer.args.should_save: write_json(Path(run_dir) / "training_history.json", history)
-    write_adapter(trainer, run_dir, model_card(recipe, history))
-    del trainer
-    gc.collect()
-    torch.cuda.empty_cache()
-    return history
-
-def is_trained(
-    run_dir: Path, # of a run
-) -> bool:
-    "Has this run left its history and its adapter? The adapter's card is written last."
-    needed = "training_history.json", "adapter/README.md"
-    return all((Path(run_dir) / name).exists() for name in needed)
-
 def train(
     recipe: Recipe, # what to do
     run_dir: Path,  # where: adapter/, checkpoints/, training_history.json
     log=print,      # gets the live lines
 ) -> dict: # as `training_history` gives; `DollyError`: a full disk, bad data, no base model
     "Train adapters by the recipe; go on where an earlier call was killed, return when all is done."
+    run_dir = Path(run_dir)
     start_run(recipe, run_dir)
-    if is_trained(run_dir): return read_history(run_dir)
+    left = "training_history.json", "adapter/README.md"  # the adapter's card is written last
+    if all((run_dir / name).exists() for name in left): return read_history(run_dir)
     with hold_run(run_dir), explain_full_disk(run_dir):
-        return train_adapters(recipe, run_dir, log)
+        check_base(recipe)
+        tokenizer = load_tokenizer(recipe)
+        splits = prepare_data(recipe, run_dir)
+        processes = count_processes(recipe)
+        if processes > 1: # this one waits for them
+            run_workers(processes, run_dir, log)
+            return read_history(run_dir)
+
+        data = {name: encode_split(splits[name], tokenizer, recipe) for name in ("train", "val")}
+        for name, (examples, _) in data.items():
+            if not len(examples):
+                raise DollyError(f"no {name} example has room for a response within "
+                                 f"{recipe.max_length} tokens: set a larger max_length")
+        trainer, facts = fit(recipe, run_dir, tokenizer, data, log)
+        examples, counts = data["train"]
+        padding = padding_cost([len(ids) for ids in examples["input_ids"]], 4)
+        history = training_history(trainer, counts, facts | dict(padding=padding))
+        if trainer.args.should_save: write_json(run_dir / "training_history.json", history)
+        write_adapter(trainer, run_dir, model_card(recipe, history))
+        del trainer
+        gc.collect()
+        torch.cuda.empty_cache()
+        return history

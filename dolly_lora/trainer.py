@@ -61,7 +61,7 @@ class DollyTrainer(SFTTrainer):
 
     def sum_over_processes(self,
         x: torch.Tensor, # this process's share
-    ) -> torch.Tensor:   # the sum; under torchrun over all cards
+    ) -> torch.Tensor:   # the sum over all processes
         "Add up what each process counted."
         x = x.to(self.engine.flat.whole.device)
         if self.args.world_size > 1: torch.distributed.all_reduce(x)
@@ -193,7 +193,8 @@ class OneCardConfig(SFTConfig):
 
     @property
     def device(self):
-        device = super().device  # cpu:0 in one of several CPU processes, where nothing can be loaded
+        device = super().device
+        # one of several CPU processes has cpu:0, to which nothing can be loaded
         return torch.device("cpu") if device.type == "cpu" else device
 
 # %% ../nbs/02e_trainer.ipynb #00594cab

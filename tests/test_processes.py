@@ -58,7 +58,8 @@ def by_two(tmp_path_factory):
         if line.startswith("step     6/"):
             [p for p in workers() if "accelerate" not in " ".join(p.cmdline())][1].kill()
 
-    with pytest.raises(DollyError, match=r"was killed \(signal 9\); see .*workers.log; run the same") as e:
+    said = r"was killed \(signal 9\); see .*workers.log; run the same"
+    with pytest.raises(DollyError, match=said) as e:
         train(replace(RECIPE, gpus=2), folder, log=kill_one)
     assert "\n" not in str(e.value) and workers() == []
     lines = []
