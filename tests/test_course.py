@@ -133,11 +133,11 @@ def test_failing_cell_names_cell_error_and_notebook(tiny_run, tmp_path):
     ).exists()
 
 
-def test_chat_batch(tiny_run, tmp_path):
+def test_chat_batch(tiny_run, tmp_path, call):
     (tmp_path / "q.txt").write_text("Name a prime.\nSay <b>hi</b>\n")
     answers = {}
     for flags in ((), ("--no-lora",), ("--base", "tiny")):
-        done = cli("chat", "--run-dir", tiny_run[0], "--batch", tmp_path / "q.txt", *flags)
+        done = call("chat", "--run-dir", tiny_run[0], "--batch", tmp_path / "q.txt", *flags)
         rows = [json.loads(line) for line in done.stdout.splitlines()]
         assert done.returncode == 0 and [r["instruction"] for r in rows] == [
             "Name a prime.",
@@ -247,7 +247,9 @@ def test_a_judge_that_cannot_be_had_is_told_before_a_kernel_starts(
     ), done.stderr
 
 
-def test_a_second_judge_stands_beside_the_first_and_a_later_run_keeps_it(tiny_run, tmp_path):
+def test_a_second_judge_stands_beside_the_first_and_a_later_run_keeps_it(
+    tiny_run, tmp_path, call
+):
     """And the later run repeats nothing: what was trained, answered and judged is as it was."""
     from dolly_lora.models import tiny_model, tiny_tokenizer
     from dolly_lora.verdicts import judge_slug
@@ -257,7 +259,7 @@ def test_a_second_judge_stands_beside_the_first_and_a_later_run_keeps_it(tiny_ru
     tiny_model(seed=1).save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
     judge = f"local:{other}"
-    done = cli("judge", "--run-dir", folder, "--judge", judge)
+    done = call("judge", "--run-dir", folder, "--judge", judge)
     assert done.returncode == 0, done.stderr
     kept = [
         "training_history.json",
@@ -266,8 +268,8 @@ def test_a_second_judge_stands_beside_the_first_and_a_later_run_keeps_it(tiny_ru
         f"judgments/mt_bench/model_judgment/{judge_slug('local tiny')}_single.jsonl",
     ]
     before = {name: (folder / name).read_bytes() for name in kept}
-    for command in ("report", "--run-dir", folder), ("run", "tiny", "--run-dir", folder):
-        done = cli(*command)
+    for do, *command in (call, "report"), (cli, "run", "tiny"):
+        done = do(*command, "--run-dir", folder)
         assert done.returncode == 0, done.stderr
         metrics = json.loads((folder / "metrics.json").read_text())
         assert set(metrics["judgments"]) == {"local tiny", f"local {other}"}
@@ -293,7 +295,7 @@ def test_folders_and_files_that_are_no_runs_are_one_line(tmp_path, call):
             ), (command, place, done.stderr)
 
 
-def test_a_batch_is_split_at_line_feeds_alone_and_says_nothing_else(tiny_run, tmp_path):
+def test_a_batch_is_split_at_line_feeds_alone_and_says_nothing_else(tiny_run, tmp_path, call):
     odd = "Say\u2028hi\x0cthere\x85now"
     (tmp_path / "q.txt").write_text(odd + "\nName a prime.\n")
     (tmp_path / "q.jsonl").write_text(
@@ -307,16 +309,9 @@ def test_a_batch_is_split_at_line_feeds_alone_and_says_nothing_else(tiny_run, tm
             "answers," in line for line in done.stderr.splitlines()
         )  # our progress, no library's warning
     (tmp_path / "half.jsonl").write_text('{"instruction": "hi"}\n{"instruction": "\\ud800"}\n')
-    done = cli("chat", "--run-dir", tiny_run[0], "--batch", tmp_path / "half.jsonl")
+    done = call("chat", "--run-dir", tiny_run[0], "--batch", tmp_path / "half.jsonl")
     assert (
         done.returncode == 2
         and "half.jsonl line 2" in done.stderr
         and done.stderr.count("\n") == 1
     )
-
-
-def test_bench_prints_nothing_but_its_lines():
-    done = cli("bench", "tiny", "--json")
-    assert done.returncode == 0 and [
-        json.loads(line)["base"] for line in done.stdout.splitlines()
-    ] == ["tiny"], done.stderr
