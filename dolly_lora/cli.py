@@ -356,8 +356,7 @@ def answer_batch(
 ):
     "Answer prompts as JSON lines."
     from dolly_lora.data import build_prompt
-    from dolly_lora.generate import provenance
-    from dolly_lora.generate import generate
+    from dolly_lora.generate import generate, provenance
     if out and out.is_dir(): raise DollyError(f"{out} is a folder: give --out a file name")
     rows = JsonlCache(out.with_name(out.name + ".rows")) if out else None
     texts = [build_prompt(p["instruction"], p["context"]) for p in prompts]

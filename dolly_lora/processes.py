@@ -68,9 +68,7 @@ def end_workers(
 def why_they_died(
     said: str, # on their standard errors
 ) -> str: # one line
-    "The reason that a worker gave, or else how it ended."
-    own = re.findall(r"^dolly-lora: (.*)", said, re.M)
-    if own: return own[0]
+    "How the first of them ended."
     # the launcher knows who went first; the others have only lost their connection, or were ended
     killed = re.search(r"Root Cause.*?exitcode\s*: -(\d+)", said, re.S)
     if killed: return f"one of the processes was killed (signal {killed[1]})"
@@ -98,9 +96,12 @@ def run_workers(
         except BaseException:
             end_workers(launcher)
             raise
-    if status:
-        raise DollyError(f"{why_they_died(written.read_text())}; see {short_path(written)}; "
-                         f"run the same again, it goes on from the last checkpoint")
+    if not status: return
+    said = written.read_text()
+    own = re.search(r"^dolly-lora: (.*)", said, re.M)  # what is wrong, and its remedy
+    if own: raise DollyError(own[1])
+    raise DollyError(f"{why_they_died(said)}; see {short_path(written)}; "
+                     f"run the same again, it goes on from the last checkpoint")
 
 # %% ../nbs/02j_processes.ipynb #d39a3a72
 if __name__ == "__main__" and "RANK" in os.environ: main()  # started by the launcher

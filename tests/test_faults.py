@@ -147,6 +147,7 @@ def test_killed_in_every_stage(tiny_run, tmp_path):
     process = start("run", "tiny", "--run-dir", folder)
     out, err = process.communicate()
     assert process.returncode == 0, err
+    assert json.loads((folder / "stages.json").read_text())["03_eval"]["parts"] == 2
     assert (
         json.loads((folder / "training_history.json").read_text())["summary"]["resumed_from"] == 3
     )

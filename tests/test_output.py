@@ -31,9 +31,9 @@ def batch(tmp_path):
     return ["chat", "--base", "tiny", "--batch", tmp_path / "q.txt"]
 
 
-@pytest.fixture(params=["batch", "doctor"])
+@pytest.fixture(params=["batch", "bench", "doctor"])
 def command(request, batch):
-    return dict(batch=batch, doctor=["doctor"])[request.param]
+    return dict(batch=batch, bench=["bench", "tiny", "--json"], doctor=["doctor"])[request.param]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")

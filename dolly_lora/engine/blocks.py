@@ -60,8 +60,8 @@ class LoRAGroup:
         workspace: Workspace, # shared with the same group of the other blocks
         ops: Operations,      # from `operations`
     ):
-        self.layers, self.linear_index, self.workspace, self.ops = (
-            layers, linear_index, workspace, ops)
+        self.layers, self.linear_index = layers, linear_index
+        self.workspace, self.ops = workspace, ops
         self.base = [getattr(l, "base_layer", l) for l in layers]
         self.sizes = [b.out_features for b in self.base]
         self.shape = sum(self.sizes), self.base[0].in_features  # outputs of all, inputs
@@ -94,8 +94,7 @@ class LoRAGroup:
         for b, w in zip(self.base, self.held.split(self.sizes)): b.weight.data = w
 
     def weight(self) -> torch.Tensor: # [outputs of all, inputs]
-        ("The base's weight: the one held, or dequantised now, "
-         "unless it lies in the workspace already.")
+        "The base's weight: held, in the workspace already, or dequantised now."
         if self.held is not None: return self.held
         if self.workspace.owner is not self:
             self._dequantise(self.workspace.data)
