@@ -4,8 +4,9 @@
 
 # %% ../nbs/02f_bench.ipynb #02d002
 from __future__ import annotations
-import gc, itertools, re, tempfile, time
+import gc, itertools, json, re, tempfile, time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import torch
@@ -17,19 +18,21 @@ from .engine.decoder import decode_all
 from .engine.memory import MemoryPlan, plan_memory
 from .engine.packing import PackedModel
 from .engine.step import FlatParameters, FusedLlama, make_engine
-from .files import read_json
+from .files import read_json, write_json
 from .generate import generate_plain
 from .hardware import compute_dtype, device, device_name, peak_memory
 from .models import (
     add_lora, linear_shapes, load_base, load_tokenizer, tiny_tokenizer)
+from .processes import count_processes, run_workers
+from .runs import start_run
 from .trainer import collate, DollyTrainer, training_arguments
 
 # %% auto #0
 __all__ = ['METHODS', 'KERNEL_KINDS', 'GENERATION_METHODS', 'step_flops', 'wait_for_device', 'median_seconds', 'matrix_rate',
            'bench_engine', 'needs_only_lengths', 'embedded_lengths', 'made_up_examples', 'bench_examples',
            'bench_tokenizer', 'stock_trainer', 'bench_trainer', 'StepClock', 'kernel_kind', 'gpu_seconds',
-           'memory_left_behind', 'measure_step', 'bench', 'memory_rate', 'bytes_to_read', 'bench_prompts',
-           'time_answers', 'bench_generate']
+           'memory_left_behind', 'measure_step', 'measure_share', 'measure_shared', 'bench', 'memory_rate',
+           'bytes_to_read', 'bench_prompts', 'time_answers', 'bench_generate']
 
 # %% ../nbs/02f_bench.ipynb #02d005
 def step_flops(
@@ -191,7 +194,8 @@ def bench_trainer(
     trainer = DollyTrainer(
         model=add_lora(load_base(recipe), recipe), args=args, train_dataset=data,
         processing_class=bench_tokenizer(recipe),
-        data_collator=lambda examples: collate(examples, trainer.engine.plan.token_budget))
+        data_collator=lambda examples: collate(examples, trainer.engine.plan.token_budget,
+                                               args.world_size, args.process_index))
     trainer.use_engine(lambda model: bench_engine(method, model, recipe))
     return trainer
 
@@ -215,6 +219,8 @@ class StepClock(TrainerCallback):
         if state.global_step == self.end:
             self.seconds = time.perf_counter() - self.start
             if torch.cuda.is_available(): self.start_profiler()
+            # processes that start together, or one would be seen waiting for the other
+            if args.world_size > 1: torch.distributed.barrier()
         elif state.global_step == state.max_steps and self.profiler:
             self.profiler.stop()
 
@@ -228,6 +234,7 @@ class StepClock(TrainerCallback):
 # %% ../nbs/02f_bench.ipynb #91ac6d3e
 KERNEL_KINDS = {  # what a kernel is for -> a pattern in its name; the first that is found counts
     "NF4 to bf16": r"[Dd]equant",
+    "other cards": r"nccl",
     "optimizer": r"[Oo]ptimizer|adam",
     "attention": r"flash|fmha|attention|softmax_warp",
     "LoRA": r"^_down|^_up|^_outer|^_accumulate",
@@ -267,10 +274,10 @@ def measure_step(
     data,            # from `bench_examples`: a whole number of steps
     rate: float,     # from `matrix_rate`
 ) -> dict: # name, base, batch_size; s_per_step, tok_per_s (real tokens) and those below
-    """Measure one method to do a step.
+    """Measure one method to do a step, alone or as one of several processes that share it.
 
-    Also returned: `peak_gib` (None on a CPU), `floor_s` (the arithmetic alone at `rate`),
-    `model_flops_utilisation`, `full_recipe_min` (3 epochs of 12,009 examples: 80 % of Dolly as it
+    Also returned: `gpus` (1 for a CPU), `peak_gib` (of one; None on a CPU), `floor_s` (the arithmetic alone at `rate`
+    on each), `model_flops_utilisation`, `full_recipe_min` (3 epochs of 12,009 examples: 80 % of Dolly as it
     comes), `graph_s` (recording graphs), `gpu_s` (seconds by kind of kernel)."""
     from datasets import concatenate_datasets
     size = recipe.batch_size
@@ -290,19 +297,47 @@ def measure_step(
     lengths = [len(ids) for ids in data["input_ids"]]
     learnt = sum(label != -100 for labels in data["labels"] for label in labels[1:])
     flops = step_flops(trainer.model.config, recipe.lora_r, lengths, learnt) / steps
+    flops /= trainer.args.world_size
     seconds = clock.seconds / steps
     # the profiled steps are not of average length
     share = sum(lengths) / sum(lengths[:profiled * size]) / steps
     graphs = getattr(getattr(trainer, "engine", None), "graphs", None)
     if method == "auto": method = "frugal" if trainer.engine.plan.recompute else "speed"
     return dict(
-        name=method, base=recipe.base, batch_size=size, s_per_step=seconds,
+        name=method, base=recipe.base, batch_size=size, gpus=trainer.args.world_size,
+        s_per_step=seconds,
         tok_per_s=sum(lengths) / clock.seconds,
         full_recipe_min=3 * 12009 / size * seconds / 60,
         peak_gib=None if clock.peak_gib is None else clock.peak_gib - before,
         floor_s=flops / rate, model_flops_utilisation=flops / seconds / rate,
         graph_s=graphs.seconds if graphs else 0.0,
         gpu_s=gpu_seconds(clock.profiler, share))
+
+# %% ../nbs/02f_bench.ipynb #a3061a80
+def measure_share(
+    recipe: Recipe, # as for `measure_step`
+    folder: Path,   # its bench.json has `steps` and `rate`
+    log,            # gets the row of `measure_step` as JSON
+):
+    "Measure as one of several processes."
+    asked = read_json(folder / "bench.json")
+    data = bench_examples(recipe, asked["steps"])
+    log(json.dumps(measure_step(recipe.memory, recipe, data, asked["rate"])))
+
+def measure_shared(
+    processes: int, # one for each card
+    recipe: Recipe, # as for `measure_step`
+    steps: int,     # to measure
+    rate: float,    # from `matrix_rate`, of one card
+) -> dict: # the first process's row, as from `measure_step`
+    "Measure the recipe's method to do a step, shared by several processes."
+    memory_left_behind()
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        start_run(recipe, Path(folder))
+        write_json(Path(folder) / "bench.json", dict(steps=steps, rate=rate))
+        run_workers(processes, Path(folder), lines.append, "dolly_lora.bench:measure_share")
+    return json.loads(lines[-1])
 
 # %% ../nbs/02f_bench.ipynb #i0933022
 def bench(
@@ -311,7 +346,10 @@ def bench(
     steps: int = 20,         # measured for each method
     log=lambda row: None,    # gets every row when it is there
 ) -> list[dict]: # as from `measure_step`, with model, device, tokens_per_step, matrix_tflops
-    "Measure the recipe's method to do a step, and others before it, on the same records."
+    """Measure the recipe's method to do a step, and others before it, on the same records.
+
+    With `gpus` above 1 (or 0, and several to be seen) the recipe's method is measured a second
+    time, shared by that many."""
     for peer in peers:
         if peer not in METHODS:
             raise ConfigError(f"no way {peer!r} to do a step{suggest(peer, METHODS)}")
@@ -324,6 +362,10 @@ def bench(
     table = []
     for method in [p for p in peers if p != recipe.memory] + [recipe.memory]:
         table.append(measure_step(method, recipe, data, rate) | about)
+        log(table[-1])
+    processes = count_processes(recipe)
+    if processes > 1:
+        table.append(measure_shared(processes, recipe, steps, rate) | about)
         log(table[-1])
     return table
 

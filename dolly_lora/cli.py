@@ -511,11 +511,12 @@ def bench_cells(
 ) -> dict: # title -> text
     "A measured way as the columns of a table."
     speed = {"tokens/s": f"{r['tok_per_s']:,.0f}", "peak GiB": _gib(r)}
+    name = f"{r['name']}, {r['gpus']} gpus" if r.get("gpus", 1) > 1 else r["name"]
     if "s_per_step" in r:
-        return {"": r["name"], "s/step": f"{r['s_per_step']:.3f}", **speed,
+        return {"": name, "s/step": f"{r['s_per_step']:.3f}", **speed,
                 "MFU": f"{r['model_flops_utilisation']:.0%}",
                 "full recipe": f"{r['full_recipe_min']:.1f} min"}
-    return {"": r["name"], "slots": str(r["slots"]), "seconds": f"{r['seconds']:.2f}", **speed,
+    return {"": name, "slots": str(r["slots"]), "seconds": f"{r['seconds']:.2f}", **speed,
             "floor s": f"{r['floor_s']:.2f}"}
 
 # %% ../nbs/cli.ipynb #i9609471
@@ -527,11 +528,12 @@ def run_bench(
     overrides: str = "",   # "field=value field=value"
     as_json: bool = False, # a JSON line for each way instead of a table
     answers: bool = False, # measure generation instead of training
+    gpus: int = 1,         # cards that share the work in a second measurement; 0: all there are
 ) -> int: # exit status
     "Measure a training step, or generation, and print what came out."
     from dolly_lora.bench import bench, bench_generate
     if base: overrides = f"{overrides} base={shlex.quote(base)}"
-    recipe, _ = resolve(preset, "", dataset, overrides)
+    recipe = dataclasses.replace(resolve(preset, "", dataset, overrides)[0], gpus=gpus)
     shown = []
     with lines_alone(as_json) as out:
         def show(row):
@@ -539,7 +541,7 @@ def run_bench(
                 print(json.dumps(row), file=out, flush=True)
                 return
             cells = bench_cells(row)
-            line = "{:14}" + "{:>12}" * (len(cells) - 1)
+            line = "{:15}" + "{:>12}" * (len(cells) - 1)
             if not shown: print(line.format(*cells))
             print(line.format(*cells.values()), flush=True)
             shown.append(row)
@@ -649,6 +651,8 @@ def bench_options(p): # `p`: an argparse parser
     p.add_argument("--generate", action="store_true",
                    help="measure answers instead: 128 prompts of 128 new tokens, "
                         "against transformers")
+    p.add_argument("--gpus", type=int, default=1, metavar="N",
+                   help="measure a second time, with N cards that share the work; 0: all there are")
     p.add_argument("--json", action="store_true", help="a JSON line for each way")
 
 def judge_options(p): # `p`: an argparse parser
@@ -696,7 +700,7 @@ def dispatch(
         return 0
     if args.command == "bench":
         return run_bench(args.preset, args.base, args.peer, args.dataset, shlex.join(args.set),
-                         args.json, args.generate)
+                         args.json, args.generate, args.gpus)
     if args.command == "judge":
         return judge(args.run_dir, args.judge, args.dry_run)
     from dolly_lora.report import write_report

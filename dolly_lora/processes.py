@@ -4,7 +4,7 @@
 
 # %% ../nbs/02j_processes.ipynb #e89f0e21
 from __future__ import annotations
-import gc, os, re, subprocess, sys
+import gc, importlib, os, re, subprocess, sys
 from pathlib import Path
 import psutil
 import torch
@@ -28,15 +28,16 @@ def count_processes(
     return recipe.gpus or cards
 
 # %% ../nbs/02j_processes.ipynb #cab557b7
-def main(): # python -m dolly_lora.processes RUN_DIR, under accelerate's launcher
-    "Train as one of several processes."
-    from dolly_lora.train import train
+def main(): # python -m dolly_lora.processes RUN_DIR [MODULE:FUNCTION], by accelerate's launcher
+    "Train, or do another work, as one of several processes."
     run_dir, first = Path(sys.argv[1]), os.environ.get("RANK", "0") == "0"
+    module, _, name = (sys.argv[2:] or ["dolly_lora.train:train"])[0].partition(":")
+    work = getattr(importlib.import_module(module), name)
 
     def log(line):
         if first: print(line, flush=True)
     try:
-        train(load_run(run_dir), run_dir, log)
+        work(load_run(run_dir), run_dir, log)
     except DollyError as e:
         print(f"dolly-lora: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -47,12 +48,13 @@ def main(): # python -m dolly_lora.processes RUN_DIR, under accelerate's launche
 def launch_command(
     processes: int, # on this machine
     run_dir: Path,  # of a run, with its recipe
+    work: str,      # MODULE:FUNCTION, called with the recipe, the folder and a log
 ) -> list[str]:
     "How the processes are started."
     return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
             "--num_machines", "1", "--num_processes", str(processes), "--main_process_port", "0",
             "--mixed_precision", "no", "--dynamo_backend", "no",
-            "--module", "dolly_lora.processes", str(run_dir)]
+            "--module", "dolly_lora.processes", str(run_dir), work]
 
 def end_workers(
     launcher: subprocess.Popen,
@@ -80,15 +82,16 @@ def run_workers(
     processes: int,
     run_dir: Path, # of a run, with its recipe and its data
     log,           # gets the first process's lines
+    work: str = "dolly_lora.train:train", # what each of them does, see `launch_command`
 ): # `DollyError` when one of them dies
-    "Train in several processes, and wait for them."
+    "Work in several processes, and wait for them."
     gc.collect()
     torch.cuda.empty_cache()
     written = Path(run_dir) / "workers.log"
     threads = max(1, (os.cpu_count() or 1) // processes)
     with open(written, "w") as errors:
         launcher = subprocess.Popen(
-            launch_command(processes, run_dir), stdout=subprocess.PIPE, stderr=errors, text=True,
+            launch_command(processes, run_dir, work), stdout=subprocess.PIPE, stderr=errors, text=True,
             env={"OMP_NUM_THREADS": str(threads)} | os.environ, start_new_session=True)
         try:
             for line in launcher.stdout: log(line.rstrip("\n"))

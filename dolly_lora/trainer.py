@@ -28,10 +28,10 @@ from .models import add_lora, load_base
 from .runs import environment
 
 # %% auto #0
-__all__ = ['CHECKPOINT_FILES', 'DollyTrainer', 'count_learnt', 'collate', 'Progress', 'OneCardConfig', 'training_arguments',
-           'check_tensors', 'check_archive', 'check_state', 'is_checkpoint_file', 'checkpoint_damage',
-           'last_checkpoint', 'correct_best', 'training_history', 'read_history', 'plot_history', 'model_card',
-           'write_adapter', 'check_disk', 'explain_full_disk', 'build_trainer', 'restore_finished', 'run_facts', 'fit']
+__all__ = ['CHECKPOINT_FILES', 'DollyTrainer', 'collate', 'Progress', 'OneCardConfig', 'training_arguments', 'check_tensors',
+           'check_archive', 'check_state', 'is_checkpoint_file', 'checkpoint_damage', 'last_checkpoint', 'correct_best',
+           'training_history', 'read_history', 'plot_history', 'model_card', 'write_adapter', 'check_disk',
+           'explain_full_disk', 'build_trainer', 'restore_finished', 'run_facts', 'fit']
 
 # %% ../nbs/02e_trainer.ipynb #37b026c2
 class DollyTrainer(SFTTrainer):
@@ -59,14 +59,6 @@ class DollyTrainer(SFTTrainer):
             self.model.zero_grad = lambda *args, **kwargs: None
         return self.optimizer
 
-    def sum_over_processes(self,
-        x: torch.Tensor, # this process's share
-    ) -> torch.Tensor:   # the sum over all processes
-        "Add up what each process counted."
-        x = x.to(self.engine.flat.whole.device)
-        if self.args.world_size > 1: torch.distributed.all_reduce(x)
-        return x
-
     def read_whole(self,
         dataset: Dataset, # training or validation split
         sampler,          # decides the order
@@ -76,7 +68,7 @@ class DollyTrainer(SFTTrainer):
         loader = DataLoader(dataset, batch_size, sampler=sampler, collate_fn=self.data_collator,
                             pin_memory=self.args.dataloader_pin_memory)
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0,
-                                   put_on_device=True, use_seedable_sampler=True,
+                                   put_on_device=True, non_blocking=True, use_seedable_sampler=True,
                                    data_seed=self.args.data_seed)
 
     def get_train_dataloader(self):
@@ -99,24 +91,17 @@ class DollyTrainer(SFTTrainer):
         pass      # we write our own, see `model_card`
 
 # %% ../nbs/02e_trainer.ipynb #i4107953
-def count_learnt(
-    rows: list, # PackedBatch each; may be empty
-) -> torch.Tensor: # int64
-    "The tokens of packed batches whose prediction is learnt."
-    return sum(((row.targets != -100).sum() for row in rows), torch.tensor(0))
-
 @patch
 def training_step(self: DollyTrainer, model, inputs, num_items_in_batch=None):
     "Loss of a step; its gradients are then in the flat parameter."
     world = self.args.world_size
     scaler = self.accelerator.scaler
     flat = self.engine.flat
-    items = self.sum_over_processes(count_learnt(inputs["rows"]))
     one = torch.ones((), device=flat.whole.device)
     scale = scaler.scale(one) if scaler else one
     seed = self.args.seed * 10**6 + self.state.global_step  # each step draws its own dropout masks
     flat.start()
-    loss = sum((self.engine.step(row, items / scale, seed) for row in inputs["rows"]), 0 * one)
+    loss = sum((self.engine.step(row, inputs["learnt"] / scale, seed) for row in inputs["rows"]), 0 * one)
     if world > 1: torch.distributed.all_reduce(flat.grad)
     return loss / scale * world  # the Trainer averages over processes
 
@@ -125,9 +110,12 @@ def training_step(self: DollyTrainer, model, inputs, num_items_in_batch=None):
 def evaluation_loop(self: DollyTrainer, dataloader, description, prediction_loss_only=None,
                     ignore_keys=None, metric_key_prefix="eval"):
     "The mean loss over all learnt tokens of a split."
-    rows = [row for batch in dataloader for row in batch["rows"]]
-    nll = self.sum_over_processes(sum((self.engine.loss(row, 1) for row in rows), torch.zeros(())))
-    tokens = self.sum_over_processes(count_learnt(rows))
+    batches = list(dataloader)
+    rows = [row for batch in batches for row in batch["rows"]]
+    tokens = sum(batch["learnt"] for batch in batches)
+    none = torch.zeros((), device=self.engine.flat.whole.device)
+    nll = sum((self.engine.loss(row, 1) for row in rows), none)
+    if self.args.world_size > 1: torch.distributed.all_reduce(nll)
     metrics = {f"{metric_key_prefix}_loss": float(nll / tokens)}
     return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
 
@@ -137,14 +125,16 @@ def collate(
     token_budget: int,    # tokens that a packed batch may have
     processes: int = 1,   # that compute the batch together
     index: int = 0,       # of this process among them
-) -> dict[str, list]:     # `rows`, a list of PackedBatch: this process's share, perhaps empty
+) -> dict: # rows: PackedBatch each, this process's share, perhaps none; learnt: tokens, of all
     "Pack the examples of a batch into as few packed batches as the budget allows."
     lengths = [len(e["input_ids"]) for e in examples]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     mine = share_out(lengths, token_budget, processes)[index::processes]
     rows = [pack([examples[i] for i in chosen], [starts[i] for i in chosen])
             for chosen in mine if chosen]
-    return dict(rows=rows)
+    targets = [e["labels"][1:] for e in examples]
+    learnt = sum(len(t) - t.count(-100) for t in targets)
+    return dict(rows=rows, learnt=learnt)
 
 # %% ../nbs/02e_trainer.ipynb #5bfff79b
 class Progress(TrainerCallback):
