@@ -585,6 +585,7 @@ def judge(
     dry_run: bool = False,      # only say how many questions there are, and about what they cost
 ) -> int: # exit status
     "Have a run's answers judged, and put the numbers beside the other judges' in its metrics.json."
+    from dolly_lora.cards import Cards
     from dolly_lora.data import prepare_data
     from dolly_lora.judge import make_judge
     from dolly_lora.mtbench import load_questions
@@ -602,7 +603,7 @@ def judge(
     check_room(folder, 0.2)
     check_evaluation(recipe)
     with hold_run(folder):
-        asked = make_judge(recipe)
+        asked = make_judge(recipe, cards=Cards(recipe, folder))
         verdicts = judge_answers(asked, recipe, folder, test)
         keep_verdicts(folder, asked.name, verdicts)
         judgment = summarise_verdicts(asked, verdicts, load_questions(recipe.mtbench))

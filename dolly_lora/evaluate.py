@@ -4,17 +4,20 @@
 
 # %% ../nbs/03_eval.ipynb #788507e1
 from __future__ import annotations
-import time
+import contextlib, time
+from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from .cards import Cards, loaded_run
 from .config import DollyError, Recipe
 from .data import build_prompt, encode_all, normalise
+from .generate import encode_in_template
 from .results import LossDifference
 
 # %% auto #0
-__all__ = ['drop_long_prompts', 'answer_test', 'token_losses', 'mean_loss', 'loss_difference', 'rouge_l', 'answer_metrics',
-           'overlap']
+__all__ = ['drop_long_prompts', 'answer_test', 'token_losses', 'contender_losses', 'losses_share', 'mean_loss', 'loss_difference',
+           'rouge_l', 'answer_metrics', 'overlap']
 
 # %% ../nbs/03_eval.ipynb #03e004
 def drop_long_prompts(
@@ -79,6 +82,30 @@ def token_losses(
             shown = time.time()
             log(f"{start + len(batch):,} of {len(rows):,} records read")
     return out
+
+def contender_losses(
+    model, tokenizer,  # from `load_tuned` and `load_tokenizer`
+    rows: list[dict],  # records
+    recipe: Recipe,    # `max_length`
+    name: str,         # a key of `CONTENDERS`
+    cards: Cards | None = None, # share the records; None: this process reads them all
+) -> np.ndarray: # as from `token_losses`
+    "The losses of a contender: the adapter on or off, the records in its form."
+    encode = encode_in_template if name == "chat_template" else encode_all
+    def own(part):
+        with contextlib.nullcontext() if name == "tuned" else model.disable_adapter():
+            return token_losses(model, tokenizer, part, recipe, encode=encode)
+    if cards is None or cards.number == 1: return own(rows)
+    sizes = [len(row["context"]) + len(row["response"]) for row in rows]
+    return np.array(cards.map(own, "dolly_lora.evaluate:losses_share", rows, sizes, name))
+
+def losses_share(
+    recipe: Recipe, run_dir: Path, # of the run
+    rows: list[dict],              # records
+    name: str,                     # a key of `CONTENDERS`
+) -> np.ndarray:
+    "What a helper of `Cards` does for `contender_losses`."
+    return contender_losses(*loaded_run(recipe, run_dir), rows, recipe, name)
 
 # %% ../nbs/03_eval.ipynb #e478b501
 def mean_loss(

@@ -4,7 +4,7 @@
 
 # %% ../nbs/03a_generate.ipynb #03a002
 from __future__ import annotations
-import contextlib, hashlib, json, time
+import contextlib, hashlib, json, os, time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
+from .cards import card_file, Cards, gather_rows, loaded_run
 from .config import DollyError, Recipe
 from .data import build_conversation, build_prompt, encode_all
 from .engine.blocks import is_decodable
@@ -23,7 +24,7 @@ from .runs import hold_run
 # %% auto #0
 __all__ = ['Answer', 'read_answer', 'ChooseToken', 'generate_plain', 'answer_keys', 'kept_answer', 'encode_prompts',
            'answer_prompts', 'progress_line', 'generate', 'prompt_builder', 'encode_in_template', 'provenance',
-           'make_answerer']
+           'make_answerer', 'answer_share']
 
 # %% ../nbs/03a_generate.ipynb #03a006
 @dataclass
@@ -263,14 +264,42 @@ def make_answerer(
     run_dir: Path,    # answers go to RUN_DIR/answers/NAME.jsonl
     name: str,        # a key of `CONTENDERS`
     log=print,        # gets the progress lines
+    cards: Cards | None = None, # share the prompts; None: this process answers them all
+    path: Path | None = None,   # where answers are kept, if not there
 ): # a function: prompts, temperatures (0), max_new_tokens (recipe.benchmark_tokens) to Answers
     "How a contender answers in this run: each prompt once."
-    path, made_by = Path(run_dir) / "answers" / f"{name}.jsonl", provenance(recipe, run_dir, name)
+    path = path or Path(run_dir) / "answers" / f"{name}.jsonl"
+    made_by = provenance(recipe, run_dir, name)
     def answer(prompts, temperatures=0.0, max_new_tokens=recipe.benchmark_tokens):
-        with hold_run(run_dir):
+        temperatures = np.broadcast_to(np.asarray(temperatures, np.float32), len(prompts))
+        def own(asked, rows): # pairs of a prompt and its temperature
             adapter = contextlib.nullcontext() if name == "tuned" else model.disable_adapter()
             with adapter:
-                return generate(model, tokenizer, prompts, max_new_tokens,
-                                recipe.generation_batch_size, temperatures, recipe.seed, log,
-                                JsonlCache(path), made_by)
+                return generate(model, tokenizer, [p for p, _ in asked], max_new_tokens,
+                                recipe.generation_batch_size, [t for _, t in asked], recipe.seed,
+                                log, rows, made_by)
+        with hold_run(run_dir):
+            rows, asked = gather_rows(path), list(zip(prompts, temperatures))
+            if cards and cards.number > 1:
+                keys = answer_keys(prompts, temperatures, max_new_tokens, recipe.seed, made_by)
+                new = [pair for key, pair in dict(zip(keys, asked)).items()
+                       if key not in rows or not kept_answer(rows[key])]
+                sizes = [len(ids) for ids in
+                         encode_prompts(model, tokenizer, [p for p, _ in new], max_new_tokens)]
+                if new: cards.map(lambda part: own(part, rows), "dolly_lora.generate:answer_share",
+                                  new, sizes, name, max_new_tokens, path)
+                rows = gather_rows(path)
+            return own(asked, rows)
     return answer
+
+def answer_share(
+    recipe: Recipe, run_dir: Path, # of the run
+    asked: list[tuple],  # prompts and temperatures
+    name: str,           # a key of `CONTENDERS`
+    max_new_tokens: int, # longest answer
+    path: Path,          # of the contender's answers; this process's go to the file beside it
+) -> list[Answer]:
+    "What a helper of `Cards` does for `make_answerer`."
+    mine = card_file(path, int(os.environ["LOCAL_RANK"]))
+    answer = make_answerer(*loaded_run(recipe, run_dir), recipe, run_dir, name, path=mine)
+    return answer([p for p, _ in asked], [t for _, t in asked], max_new_tokens)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/03b_judge.ipynb #03b002
 from __future__ import annotations
-import contextlib, hashlib, json, os, random, threading, time
+import contextlib, functools, hashlib, json, os, random, threading, time
 from collections.abc import Iterator
 from concurrent.futures import as_completed, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Callable, Protocol
 import httpx
 import torch
+from .cards import card_file, Cards, gather_rows, loaded_run
 from .config import DollyError, Recipe, redact
 from .files import file_sha256, JsonlCache, publish
 from .generate import weights_fingerprint
@@ -19,10 +20,10 @@ from .models import (
     base_model, explain_unreadable, load_base, load_tokenizer, locate_base)
 
 # %% auto #0
-__all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'reply_key', 'kept_reply', 'ask', 'JudgeError', 'endpoint_address',
-           'api_key', 'read_reply', 'EndpointJudge', 'choice_logprobs', 'next_token_logprobs', 'LocalJudge', 'is_local',
-           'judge_recipe', 'judge_name', 'judge_origin', 'make_judge', 'check_weight_files', 'check_hub_weights',
-           'check_judge', 'estimate', 'fetch']
+__all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'reply_key', 'kept_reply', 'ask_new', 'ask', 'JudgeError',
+           'endpoint_address', 'api_key', 'read_reply', 'EndpointJudge', 'choice_logprobs', 'next_token_logprobs',
+           'LocalJudge', 'is_local', 'judge_recipe', 'judge_name', 'judge_origin', 'make_judge', 'judge_share',
+           'check_weight_files', 'check_hub_weights', 'check_judge', 'estimate', 'fetch']
 
 # %% ../nbs/03b_judge.ipynb #03b005
 @dataclass(frozen=True)
@@ -94,6 +95,26 @@ def kept_reply(
     return None if cache[key].get("error") or reply.is_empty() else reply
 
 # %% ../nbs/03b_judge.ipynb #03b010
+def ask_new(
+    judge: Judge,
+    questions: list[Question], # that are not in the cache
+    cache: JsonlCache,         # gets the replies
+    log=lambda line: None,     # gets a line every ten seconds
+) -> list[Reply]: # one for each question; one with `error` where there is none
+    "Ask, and keep each reply as it comes."
+    replies, last_line = [Reply()] * len(questions), time.time()
+    for done, (number, reply) in enumerate(judge(questions), 1):
+        if not reply.error and reply.is_empty():
+            reply = Reply(error="an empty reply")
+        reply = replace(reply, text=redact(reply.text), error=redact(reply.error))
+        if not reply.error:
+            cache.add(reply_key(judge, questions[number]), dict(judge=judge.name) | asdict(reply))
+        replies[number] = reply
+        if time.time() - last_line > 10:
+            last_line = time.time()
+            log(f"{done:,} of {len(questions):,} questions answered by {judge.name}")
+    return replies
+
 def ask(
     judge: Judge,
     questions: list[Question],
@@ -101,34 +122,28 @@ def ask(
     log=lambda line: None,  # gets a line every ten seconds and at the end
 ) -> list[Reply]: # in the order of the questions; one with `error` where there is none
     "Ask what is not answered yet, and return a reply to every question."
-    cache = JsonlCache(path)
+    cache = gather_rows(path)
     keys = [reply_key(judge, q) for q in questions]
     known, unanswered = {}, {}
     for key, question in zip(keys, questions):
         if reply := kept_reply(cache, key): known[key] = reply
         else: unanswered.setdefault(key, question)  # equal questions are asked once
-    kept, failed = len(known), {}
-    new_keys = list(unanswered)
-    last_line = time.time()
-    for done, (number, reply) in enumerate(judge(list(unanswered.values())), 1):
-        key = new_keys[number]
-        if not reply.error and reply.is_empty():
-            reply = Reply(error="an empty reply")
-        if reply.error:
-            failed[key] = Reply(error=redact(reply.error))
-        else:
-            known[key] = replace(reply, text=redact(reply.text))
-            cache.add(key, dict(judge=judge.name) | asdict(known[key]))
-        if time.time() - last_line > 10:
-            last_line = time.time()
-            log(f"{done:,} of {len(new_keys):,} questions answered by {judge.name}")
-    if unanswered:
-        line = f"{judge.name}: {len(known) - kept:,} replies, {kept:,} kept from before"
-        if failed:
-            line += (f", {len(failed):,} errors ({next(iter(failed.values())).error}): "
-                     f"run again to ask those once more")
-        log(line)
-    return [known[key] if key in known else failed[key] for key in keys]
+    if not unanswered: return [known[key] for key in keys]
+    new, cards = list(unanswered.values()), getattr(judge, "cards", None)
+    if cards is None: replies = ask_new(judge, new, cache, log)
+    else:
+        sizes = [sum(len(text) for _, text in question.messages) for question in new]
+        replies = cards.map(lambda part: ask_new(judge, part, cache, log),
+                            "dolly_lora.judge:judge_share", new, sizes, path)
+        gather_rows(path)
+    failed = [reply for reply in replies if reply.error]
+    line = f"{judge.name}: {len(new) - len(failed):,} replies, {len(known):,} kept from before"
+    if failed:
+        line += (f", {len(failed):,} errors ({failed[0].error}): "
+                 f"run again to ask those once more")
+    log(line)
+    replies = known | dict(zip(unanswered, replies))
+    return [replies[key] for key in keys]
 
 # %% ../nbs/03b_judge.ipynb #03b013
 class JudgeError(DollyError):
@@ -309,6 +324,7 @@ def next_token_logprobs(
 # %% ../nbs/03b_judge.ipynb #i1728622
 class LocalJudge:
     "A causal language model's own probabilities for the choices."
+    cards: Cards | None = None # share the questions of `ask`
     def __init__(self,
         model, tokenizer,    # a PeftModel judges without its adapters
         name: str,           # of the model
@@ -397,13 +413,28 @@ def judge_origin(
 def make_judge(
     recipe: Recipe,              # its `judge`; and the base model, for `local`
     model=None, tokenizer=None,  # of that base, if they are loaded already
+    cards: Cards | None = None,  # share what a local judge is asked
 ) -> Judge: # `JudgeError` says why it cannot be had
     "The judge that a recipe names."
     if not is_local(recipe): return EndpointJudge(recipe.judge)
     judging = judge_recipe(recipe)
     if judging is not recipe or model is None:
         model, tokenizer = load_base(judging), load_tokenizer(judging)
-    return LocalJudge(model, tokenizer, judging.base, weights=weights_fingerprint(judging))
+    judge = LocalJudge(model, tokenizer, judging.base, weights=weights_fingerprint(judging))
+    if cards and cards.number > 1: judge.cards = cards
+    return judge
+
+@functools.cache
+def _judge_here(recipe, run_dir): return make_judge(recipe, *loaded_run(recipe, run_dir))
+
+def judge_share(
+    recipe: Recipe, run_dir: Path, # of the run
+    questions: list[Question],     # that nobody has answered
+    path: Path,                    # of the replies; this process's go to the file beside it
+) -> list[Reply]:
+    "What a helper of `Cards` does for `ask`."
+    cache = JsonlCache(card_file(path, int(os.environ["LOCAL_RANK"])))
+    return ask_new(_judge_here(recipe, run_dir), questions, cache, print)
 
 # %% ../nbs/03b_judge.ipynb #703d20d3
 def check_weight_files(

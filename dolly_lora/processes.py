@@ -4,7 +4,7 @@
 
 # %% ../nbs/02j_processes.ipynb #e89f0e21
 from __future__ import annotations
-import gc, importlib, os, re, subprocess, sys
+import gc, os, pkgutil, re, subprocess, sys
 from pathlib import Path
 import psutil
 import torch
@@ -31,8 +31,7 @@ def count_processes(
 def main(): # python -m dolly_lora.processes RUN_DIR [MODULE:FUNCTION], by accelerate's launcher
     "Train, or do another work, as one of several processes."
     run_dir, first = Path(sys.argv[1]), os.environ.get("RANK", "0") == "0"
-    module, _, name = (sys.argv[2:] or ["dolly_lora.train:train"])[0].partition(":")
-    work = getattr(importlib.import_module(module), name)
+    work = pkgutil.resolve_name((sys.argv[2:] or ["dolly_lora.train:train"])[0])
 
     def log(line):
         if first: print(line, flush=True)
