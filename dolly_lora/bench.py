@@ -4,13 +4,15 @@
 
 # %% ../nbs/02f_bench.ipynb #02d002
 from __future__ import annotations
-import gc, itertools, json, re, tempfile, time
+import functools, gc, itertools, json, re, tempfile, time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import torch
 from transformers import PrinterCallback, TrainerCallback
+from .cards import Cards
 from .config import (
     ConfigError, DollyError, MODEL_NAMES, PRESETS, Recipe, sample_path, suggest)
 from .data import build_prompt, clean, encode_split, load_dolly, split
@@ -28,11 +30,11 @@ from .runs import start_run
 from .trainer import collate, DollyTrainer, training_arguments
 
 # %% auto #0
-__all__ = ['METHODS', 'KERNEL_KINDS', 'GENERATION_METHODS', 'step_flops', 'wait_for_device', 'median_seconds', 'matrix_rate',
-           'bench_engine', 'needs_only_lengths', 'embedded_lengths', 'made_up_examples', 'bench_examples',
-           'bench_tokenizer', 'stock_trainer', 'bench_trainer', 'StepClock', 'kernel_kind', 'gpu_seconds',
-           'memory_left_behind', 'measure_step', 'measure_share', 'measure_shared', 'bench', 'memory_rate',
-           'bytes_to_read', 'bench_prompts', 'time_answers', 'bench_generate']
+__all__ = ['METHODS', 'KERNEL_KINDS', 'SLOTS', 'step_flops', 'wait_for_device', 'median_seconds', 'matrix_rate', 'bench_engine',
+           'needs_only_lengths', 'embedded_lengths', 'made_up_examples', 'bench_examples', 'bench_tokenizer',
+           'stock_trainer', 'bench_trainer', 'StepClock', 'kernel_kind', 'gpu_seconds', 'memory_left_behind',
+           'measure_step', 'measure_share', 'measure_shared', 'bench', 'memory_rate', 'bytes_to_read', 'bench_prompts',
+           'write_all', 'write_share', 'time_answers', 'bench_generate']
 
 # %% ../nbs/02f_bench.ipynb #02d005
 def step_flops(
@@ -402,20 +404,46 @@ def bench_prompts(
     if needs_only_lengths(recipe):
         known = [(length, 0) for length in embedded_lengths()["prompts"]
                  if length <= recipe.max_length]
-        return made_up_examples(known[:n], recipe.max_length)["input_ids"]
+        wanted = list(itertools.islice(itertools.cycle(known), n))
+        return made_up_examples(wanted, recipe.max_length)["input_ids"]
     rows = split(clean(load_dolly(recipe.dataset))[0], recipe)["train"]
     texts = [build_prompt(row["instruction"], row["context"]) for row in rows[:2 * n]]
     return [ids for ids in tokenizer(texts).input_ids if len(ids) <= recipe.max_length][:n]
 
 # %% ../nbs/02f_bench.ipynb #i7045156
-GENERATION_METHODS = {"transformers": (generate_plain, 64), "dolly_lora": (decode_all, 128)} # slots
+SLOTS = 128 # prompts that the decoder answers together, on each card
 
-def time_answers(
-    decode,          # a function of `GENERATION_METHODS`
+def write_all(
+    decode,          # `generate_plain` or `decode_all`
     slots: int,      # prompts answered together
     model,           # in the computing precision
     tokenizer,       # with an end token that no model writes
     encoded: list[list[int]], # prompts
+    new_tokens: int, # for each
+) -> list[list[int]]: # token ids of the answers
+    "Greedy answers, in the order of the prompts."
+    zeros = np.zeros((len(encoded), new_tokens), np.float32)  # temperature and draws
+    with torch.inference_mode():
+        answers = dict(decode(model, tokenizer, encoded, zeros[:, 0], zeros, new_tokens, slots,
+                              range(len(encoded))))
+    return [answers[i] for i in range(len(encoded))]
+
+@functools.cache
+def _endless_base(recipe): # a base in the computing precision, and a tokenizer without an end token
+    model, tokenizer = load_base(replace(recipe, load_in_4bit=False)), bench_tokenizer(recipe)
+    return model, SimpleNamespace(eos_token_id=model.config.vocab_size, pad=tokenizer.pad,
+                                  pad_token_id=tokenizer.pad_token_id)
+
+def write_share(
+    recipe: Recipe, run_dir: Path, # what `Cards` was made with
+    encoded: list[list[int]],      # prompts
+    new_tokens: int,               # for each
+) -> list[list[int]]: # token ids of the answers
+    "What a helper of `Cards` does for `bench_generate`."
+    return write_all(decode_all, SLOTS, *_endless_base(recipe), encoded, new_tokens)
+
+def time_answers(
+    write,           # called with a number of tokens, writes so many for every prompt
     new_tokens: int, # for each
 ) -> tuple[float, int, float | None]: # seconds, tokens written, peak GiB (None on a CPU)
     "Write all answers twice; the first time, two tokens each, compiles and loads."
@@ -426,39 +454,48 @@ def time_answers(
             torch.cuda.reset_peak_memory_stats()
         wait_for_device()
         start = time.perf_counter()
-        zeros = np.zeros((len(encoded), n), np.float32)  # temperature and draws: greedy
-        with torch.inference_mode():
-            answers = dict(decode(model, tokenizer, encoded, zeros[:, 0], zeros, n, slots,
-                                  range(len(encoded))))
+        answers = write(n)
         seconds = time.perf_counter() - start
-    written = sum(len(answer) for answer in answers.values())
-    return seconds, written, peak_memory() / 2**30 if on_gpu else None
+    return seconds, sum(map(len, answers)), peak_memory() / 2**30 if on_gpu else None
 
 # %% ../nbs/02f_bench.ipynb #i9712277
 def bench_generate(
     recipe: Recipe,         # base, dataset, seed
+    peers: list[str] = (),  # "transformers"; `ConfigError` for another word
     prompts: int = 128,     # of the training split
     new_tokens: int = 128,  # for each
     log=lambda row: None,   # gets every row when it is there
 ) -> list[dict]: # name, base, model, device, slots, prompts, prompt_tokens, new_tokens, seconds
-    """Write the same answers with transformers and with the decoder.
+    """Write answers with the decoder, and before it the same with transformers if asked for.
 
-    Also returned: `tok_per_s` (new tokens), `peak_gib` (None on a CPU), `floor_s` (reading weights
+    With `gpus` above 1 (or 0, and several to be seen) the decoder's answers are written a second
+    time, shared by that many. Also returned: `gpus`, `tok_per_s` (new tokens), `peak_gib` (None on a CPU), `floor_s` (reading weights
     and cache alone, at `memory_rate`)."""
-    model = load_base(replace(recipe, load_in_4bit=False))
-    tokenizer = bench_tokenizer(recipe)
-    encoded = bench_prompts(recipe, tokenizer, prompts)
-    endless = SimpleNamespace(eos_token_id=model.config.vocab_size, pad=tokenizer.pad,
-                              pad_token_id=tokenizer.pad_token_id)
+    for peer in peers:
+        if peer != "transformers":
+            raise ConfigError(f"no way {peer!r} to write answers{suggest(peer, ['transformers'])}")
+    model, endless = _endless_base(recipe)
+    encoded = bench_prompts(recipe, bench_tokenizer(recipe), prompts)
     lengths = [len(ids) for ids in encoded]
     rate = memory_rate(4.0 if torch.cuda.is_available() else 0.1)
     about = dict(base=recipe.base, model=MODEL_NAMES.get(recipe.base, recipe.base),
                  device=device_name(), prompts=len(encoded), prompt_tokens=sum(lengths),
                  new_tokens=new_tokens, floor_s=bytes_to_read(model, lengths, new_tokens) / rate)
     table = []
-    for name, (decode, slots) in GENERATION_METHODS.items():
-        seconds, written, peak = time_answers(decode, slots, model, endless, encoded, new_tokens)
-        table.append(dict(name=name, slots=min(slots, len(encoded)), seconds=seconds,
+    def measure(name, gpus, slots, write): # `write` is called with the number of new tokens
+        seconds, written, peak = time_answers(write, new_tokens)
+        table.append(dict(name=name, gpus=gpus, slots=min(slots, len(encoded)), seconds=seconds,
                           tok_per_s=written / seconds, peak_gib=peak) | about)
         log(table[-1])
+
+    def write(decode, slots, part, n): return write_all(decode, slots, model, endless, part, n)
+
+    if peers: measure("transformers", 1, 64, partial(write, generate_plain, 64, encoded))
+    measure("dolly_lora", 1, SLOTS, partial(write, decode_all, SLOTS, encoded))
+    cards = Cards(recipe, Path(tempfile.mkdtemp()))
+    if cards.number > 1:
+        measure("dolly_lora", cards.number, SLOTS, lambda n: cards.map(
+            lambda part: write(decode_all, SLOTS, part, n), "dolly_lora.bench:write_share",
+            encoded, lengths, n))
+    cards.end()
     return table

@@ -528,6 +528,8 @@ def run_bench(
     overrides: str = "",   # "field=value field=value"
     as_json: bool = False, # a JSON line for each way instead of a table
     answers: bool = False, # measure generation instead of training
+    prompts: int = 128,    # to answer
+    new_tokens: int = 128, # for each
     gpus: int = 1,         # cards that share the work in a second measurement; 0: all there are
 ) -> int: # exit status
     "Measure a training step, or generation, and print what came out."
@@ -545,7 +547,7 @@ def run_bench(
             if not shown: print(line.format(*cells))
             print(line.format(*cells.values()), flush=True)
             shown.append(row)
-        if answers: bench_generate(recipe, log=show)
+        if answers: bench_generate(recipe, peers, prompts, new_tokens, show)
         else: bench(recipe, peers, log=show)
     return 0
 
@@ -650,8 +652,9 @@ def bench_options(p): # `p`: an argparse parser
                         "'by hand', 'weights kept', speed, frugal")
     recipe_options(p)
     p.add_argument("--generate", action="store_true",
-                   help="measure answers instead: 128 prompts of 128 new tokens, "
-                        "against transformers")
+                   help="measure answers instead; --peer transformers for a comparison")
+    p.add_argument("--prompts", type=int, default=128, help="to answer with --generate")
+    p.add_argument("--new-tokens", type=int, default=128, help="for each of these prompts")
     p.add_argument("--gpus", type=int, default=1, metavar="N",
                    help="measure a second time, with N cards that share the work; 0: all there are")
     p.add_argument("--json", action="store_true", help="a JSON line for each way")
@@ -701,7 +704,7 @@ def dispatch(
         return 0
     if args.command == "bench":
         return run_bench(args.preset, args.base, args.peer, args.dataset, shlex.join(args.set),
-                         args.json, args.generate, args.gpus)
+                         args.json, args.generate, args.prompts, args.new_tokens, args.gpus)
     if args.command == "judge":
         return judge(args.run_dir, args.judge, args.dry_run)
     from dolly_lora.report import write_report
