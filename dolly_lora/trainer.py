@@ -31,7 +31,8 @@ from .runs import environment
 __all__ = ['CHECKPOINT_FILES', 'DollyTrainer', 'count_learnt', 'collate', 'Progress', 'OneCardConfig', 'training_arguments',
            'check_tensors', 'check_archive', 'check_state', 'is_checkpoint_file', 'checkpoint_damage',
            'last_checkpoint', 'correct_best', 'training_history', 'read_history', 'plot_history', 'model_card',
-           'write_adapter', 'check_disk', 'explain_full_disk', 'build_trainer', 'restore_finished', 'run_facts', 'fit']
+           'write_adapter', 'check_disk', 'explain_full_disk', 'build_trainer', 'restore_finished', 'run_facts',
+           'check_start', 'fit']
 
 # %% ../nbs/02e_trainer.ipynb #37b026c2
 class DollyTrainer(SFTTrainer):
@@ -559,6 +560,19 @@ def run_facts(
         graphs=len(engine.graphs.graphs) if engine.graphs else 0,
         graph_seconds=engine.graphs.seconds if engine.graphs else 0.0)
 
+# %% ../nbs/02e_trainer.ipynb #8d20c3f2
+def check_start(
+    trainer: DollyTrainer,   # as built
+    checkpoint: Path | None, # where this process resumes; `DollyError` when another one does not
+):
+    "Let several processes make sure that all begin at the same step."
+    step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+    total = int(trainer.sum_over_processes(torch.tensor(step)))
+    if total == step * trainer.args.world_size: return
+    folder = trainer.args.output_dir
+    raise DollyError(f"another process does not begin at step {step}: {short_path(folder)} "
+                     f"must be the same folder on all machines; if it is, run the same again")
+
 # %% ../nbs/02e_trainer.ipynb #i9956253
 def fit(
     recipe: Recipe, # what to train, and how
@@ -574,6 +588,7 @@ def fit(
             checkpoint = last_checkpoint(run_dir, log)
             resuming = checkpoint is not None
             trainer = build_trainer(attempt, run_dir, tokenizer, data, log, resuming, shrink)
+            check_start(trainer, checkpoint)
             if checkpoint: log(f"resuming from {checkpoint.name}")
             if not (checkpoint and restore_finished(trainer, checkpoint, log)):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
