@@ -278,8 +278,8 @@ def measure_step(
 ) -> dict: # name, base, batch_size; s_per_step, tok_per_s (real tokens) and those below
     """Measure one method to do a step, alone or as one of several processes that share it.
 
-    Also returned: `gpus` (1 for a CPU), `peak_gib` (of one; None on a CPU), `floor_s` (the arithmetic alone at `rate`
-    on each), `model_flops_utilisation`, `full_recipe_min` (3 epochs of 12,009 examples: 80 % of Dolly as it
+    Also returned: `gpus` (1 for a CPU), `peak_gib` (of one; None on a CPU), `floor_s` (the
+    arithmetic alone at `rate` on each), `model_flops_utilisation`, `full_recipe_min` (3 epochs of 12,009 examples: 80 % of Dolly as it
     comes), `graph_s` (recording graphs), `gpu_s` (seconds by kind of kernel)."""
     from datasets import concatenate_datasets
     size = recipe.batch_size
@@ -315,7 +315,7 @@ def measure_step(
         graph_s=graphs.seconds if graphs else 0.0,
         gpu_s=gpu_seconds(clock.profiler, share))
 
-# %% ../nbs/02f_bench.ipynb #a3061a80
+# %% ../nbs/02f_bench.ipynb #f5147667
 def measure_share(
     recipe: Recipe, # as for `measure_step`
     folder: Path,   # its bench.json has `steps` and `rate`
@@ -326,6 +326,7 @@ def measure_share(
     data = bench_examples(recipe, asked["steps"])
     log(json.dumps(measure_step(recipe.memory, recipe, data, asked["rate"])))
 
+# %% ../nbs/02f_bench.ipynb #a3061a80
 def measure_shared(
     processes: int, # one for each card
     recipe: Recipe, # as for `measure_step`

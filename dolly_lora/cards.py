@@ -91,7 +91,8 @@ class Cards:
         before = multiprocessing.active_children()
         self.pools = [ProcessPoolExecutor(1, spawn, begin_worker, (card, log))
                       for card in range(1, self.number)]
-        for pool in self.pools: pool.submit(call, "dolly_lora.cards:loaded_run", self.recipe, self.run_dir)
+        run = self.recipe, self.run_dir
+        for pool in self.pools: pool.submit(call, "dolly_lora.cards:loaded_run", *run)
         self.workers = [p for p in multiprocessing.active_children() if p not in before]
 
     def end(self):

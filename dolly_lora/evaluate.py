@@ -16,7 +16,7 @@ from .generate import encode_in_template
 from .results import LossDifference
 
 # %% auto #0
-__all__ = ['drop_long_prompts', 'answer_test', 'token_losses', 'contender_losses', 'losses_share', 'mean_loss', 'loss_difference',
+__all__ = ['drop_long_prompts', 'answer_test', 'losses_share', 'token_losses', 'contender_losses', 'mean_loss', 'loss_difference',
            'rouge_l', 'answer_metrics', 'overlap']
 
 # %% ../nbs/03_eval.ipynb #03e004
@@ -45,6 +45,15 @@ def answer_test(
     return [dict(instruction=r["instruction"], context=r["context"], category=r["category"],
                  reference=r["response"], output=a.text, n_tokens=a.n_tokens, finished=a.finished)
             for r, a in zip(rows, answers)]
+
+# %% ../nbs/03_eval.ipynb #248276f7
+def losses_share(
+    recipe: Recipe, run_dir: Path, # of the run
+    rows: list[dict],              # records
+    name: str,                     # a key of `CONTENDERS`
+) -> np.ndarray:
+    "What a helper of `Cards` does for `contender_losses`."
+    return contender_losses(*loaded_run(recipe, run_dir), rows, recipe, name)
 
 # %% ../nbs/03_eval.ipynb #i0676716
 @torch.inference_mode()
@@ -98,14 +107,6 @@ def contender_losses(
     if cards is None or cards.number == 1: return own(rows)
     sizes = [len(row["context"]) + len(row["response"]) for row in rows]
     return np.array(cards.map(own, "dolly_lora.evaluate:losses_share", rows, sizes, name))
-
-def losses_share(
-    recipe: Recipe, run_dir: Path, # of the run
-    rows: list[dict],              # records
-    name: str,                     # a key of `CONTENDERS`
-) -> np.ndarray:
-    "What a helper of `Cards` does for `contender_losses`."
-    return contender_losses(*loaded_run(recipe, run_dir), rows, recipe, name)
 
 # %% ../nbs/03_eval.ipynb #e478b501
 def mean_loss(

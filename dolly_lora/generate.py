@@ -23,8 +23,8 @@ from .runs import hold_run
 
 # %% auto #0
 __all__ = ['Answer', 'read_answer', 'ChooseToken', 'generate_plain', 'answer_keys', 'kept_answer', 'encode_prompts',
-           'answer_prompts', 'progress_line', 'generate', 'prompt_builder', 'encode_in_template', 'provenance',
-           'make_answerer', 'answer_share']
+           'answer_prompts', 'progress_line', 'generate', 'prompt_builder', 'encode_in_template', 'answer_share',
+           'provenance', 'make_answerer']
 
 # %% ../nbs/03a_generate.ipynb #03a006
 @dataclass
@@ -246,6 +246,19 @@ def encode_in_template(
         examples.append(dict(input_ids=prompt + response, labels=[-100] * len(prompt) + response))
     return examples
 
+# %% ../nbs/03a_generate.ipynb #1f56c747
+def answer_share(
+    recipe: Recipe, run_dir: Path, # of the run
+    asked: list[tuple],  # prompts and temperatures
+    name: str,           # a key of `CONTENDERS`
+    max_new_tokens: int, # longest answer
+    path: Path,          # of the contender's answers; this process's go to the file beside it
+) -> list[Answer]:
+    "What a helper of `Cards` does for `make_answerer`."
+    mine = card_file(path, int(os.environ["LOCAL_RANK"]))
+    answer = make_answerer(*loaded_run(recipe, run_dir), recipe, run_dir, name, path=mine)
+    return answer([p for p, _ in asked], [t for _, t in asked], max_new_tokens)
+
 # %% ../nbs/03a_generate.ipynb #3a0a0014
 def provenance(
     recipe: Recipe, # base, revision and precision
@@ -291,15 +304,3 @@ def make_answerer(
                 rows = gather_rows(path)
             return own(asked, rows)
     return answer
-
-def answer_share(
-    recipe: Recipe, run_dir: Path, # of the run
-    asked: list[tuple],  # prompts and temperatures
-    name: str,           # a key of `CONTENDERS`
-    max_new_tokens: int, # longest answer
-    path: Path,          # of the contender's answers; this process's go to the file beside it
-) -> list[Answer]:
-    "What a helper of `Cards` does for `make_answerer`."
-    mine = card_file(path, int(os.environ["LOCAL_RANK"]))
-    answer = make_answerer(*loaded_run(recipe, run_dir), recipe, run_dir, name, path=mine)
-    return answer([p for p, _ in asked], [t for _, t in asked], max_new_tokens)

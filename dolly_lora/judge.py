@@ -20,9 +20,9 @@ from .models import (
     base_model, explain_unreadable, load_base, load_tokenizer, locate_base)
 
 # %% auto #0
-__all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'reply_key', 'kept_reply', 'ask_new', 'ask', 'JudgeError',
-           'endpoint_address', 'api_key', 'read_reply', 'EndpointJudge', 'choice_logprobs', 'next_token_logprobs',
-           'LocalJudge', 'is_local', 'judge_recipe', 'judge_name', 'judge_origin', 'make_judge', 'judge_share',
+__all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'reply_key', 'kept_reply', 'judge_share', 'ask_new', 'ask',
+           'JudgeError', 'endpoint_address', 'api_key', 'read_reply', 'EndpointJudge', 'choice_logprobs',
+           'next_token_logprobs', 'LocalJudge', 'is_local', 'judge_recipe', 'judge_name', 'judge_origin', 'make_judge',
            'check_weight_files', 'check_hub_weights', 'check_judge', 'estimate', 'fetch']
 
 # %% ../nbs/03b_judge.ipynb #03b005
@@ -93,6 +93,19 @@ def kept_reply(
     if not all(isinstance(v, (int, float)) for v in (logprobs or {}).values()): return None
     reply = Reply(text, logprobs)
     return None if cache[key].get("error") or reply.is_empty() else reply
+
+# %% ../nbs/03b_judge.ipynb #90035eb0
+@functools.cache
+def _judge_here(recipe, run_dir): return make_judge(recipe, *loaded_run(recipe, run_dir))
+
+def judge_share(
+    recipe: Recipe, run_dir: Path, # of the run
+    questions: list[Question],     # that nobody has answered
+    path: Path,                    # of the replies; this process's go to the file beside it
+) -> list[Reply]:
+    "What a helper of `Cards` does for `ask`."
+    cache = JsonlCache(card_file(path, int(os.environ["LOCAL_RANK"])))
+    return ask_new(_judge_here(recipe, run_dir), questions, cache, print)
 
 # %% ../nbs/03b_judge.ipynb #03b010
 def ask_new(
@@ -423,18 +436,6 @@ def make_judge(
     judge = LocalJudge(model, tokenizer, judging.base, weights=weights_fingerprint(judging))
     if cards and cards.number > 1: judge.cards = cards
     return judge
-
-@functools.cache
-def _judge_here(recipe, run_dir): return make_judge(recipe, *loaded_run(recipe, run_dir))
-
-def judge_share(
-    recipe: Recipe, run_dir: Path, # of the run
-    questions: list[Question],     # that nobody has answered
-    path: Path,                    # of the replies; this process's go to the file beside it
-) -> list[Reply]:
-    "What a helper of `Cards` does for `ask`."
-    cache = JsonlCache(card_file(path, int(os.environ["LOCAL_RANK"])))
-    return ask_new(_judge_here(recipe, run_dir), questions, cache, print)
 
 # %% ../nbs/03b_judge.ipynb #703d20d3
 def check_weight_files(

@@ -4,7 +4,7 @@
 
 # %% ../nbs/02j_processes.ipynb #e89f0e21
 from __future__ import annotations
-import gc, os, pkgutil, re, subprocess, sys
+import gc, os, pkgutil, re, subprocess, sys, threading
 from pathlib import Path
 import psutil
 import torch
@@ -12,7 +12,7 @@ from .config import ConfigError, DollyError, Recipe, short_path
 from .runs import load_run
 
 # %% auto #0
-__all__ = ['count_processes', 'main', 'launch_command', 'end_workers', 'why_they_died', 'run_workers']
+__all__ = ['count_processes', 'end_with_notebook', 'main', 'launch_command', 'end_workers', 'why_they_died', 'run_workers']
 
 # %% ../nbs/02j_processes.ipynb #2d70ec4d
 def count_processes(
@@ -27,11 +27,19 @@ def count_processes(
                           f"or 0 for all of them")
     return recipe.gpus or cards
 
+# %% ../nbs/02j_processes.ipynb #7c1d0a55
+def end_with_notebook():
+    "Wait until the notebook that started this process is gone, then end."
+    os.read(0, 1)  # nothing is ever written to this pipe: it returns when the pipe is closed
+    os._exit(1)
+
 # %% ../nbs/02j_processes.ipynb #cab557b7
-def main(): # python -m dolly_lora.processes RUN_DIR [MODULE:FUNCTION], by accelerate's launcher
+def main(): # python -m dolly_lora.processes RUN_DIR [MODULE:FUNCTION], by a launcher
     "Train, or do another work, as one of several processes."
     run_dir, first = Path(sys.argv[1]), os.environ.get("RANK", "0") == "0"
     work = pkgutil.resolve_name((sys.argv[2:] or ["dolly_lora.train:train"])[0])
+    if "DOLLY_LORA_WATCH" in os.environ:  # a notebook's, see `run_workers`
+        threading.Thread(target=end_with_notebook, daemon=True).start()
 
     def log(line):
         if first: print(line, flush=True)
@@ -50,10 +58,9 @@ def launch_command(
     work: str,      # MODULE:FUNCTION, called with the recipe, the folder and a log
 ) -> list[str]:
     "How the processes are started."
-    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
-            "--num_machines", "1", "--num_processes", str(processes), "--main_process_port", "0",
-            "--mixed_precision", "no", "--dynamo_backend", "no",
-            "--module", "dolly_lora.processes", str(run_dir), work]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes),
+            "-m", "dolly_lora.processes", str(run_dir), work]
 
 def end_workers(
     launcher: subprocess.Popen,
@@ -88,10 +95,11 @@ def run_workers(
     torch.cuda.empty_cache()
     written = Path(run_dir) / "workers.log"
     threads = max(1, (os.cpu_count() or 1) // processes)
-    with open(written, "w") as errors:
-        launcher = subprocess.Popen(
-            launch_command(processes, run_dir, work), stdout=subprocess.PIPE, stderr=errors, text=True,
-            env={"OMP_NUM_THREADS": str(threads)} | os.environ, start_new_session=True)
+    env = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"DOLLY_LORA_WATCH": "1"}
+    command, pipe = launch_command(processes, run_dir, work), subprocess.PIPE
+    with open(written, "w") as errors, subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=env,
+            start_new_session=True) as launcher:
         try:
             for line in launcher.stdout: log(line.rstrip("\n"))
             status = launcher.wait()

@@ -31,7 +31,7 @@ from .runs import environment
 __all__ = ['CHECKPOINT_FILES', 'DollyTrainer', 'collate', 'Progress', 'OneCardConfig', 'training_arguments', 'check_tensors',
            'check_archive', 'check_state', 'is_checkpoint_file', 'checkpoint_damage', 'last_checkpoint', 'correct_best',
            'training_history', 'read_history', 'plot_history', 'model_card', 'write_adapter', 'check_disk',
-           'explain_full_disk', 'build_trainer', 'restore_finished', 'run_facts', 'fit']
+           'explain_full_disk', 'build_trainer', 'restore_finished', 'run_facts', 'check_start', 'fit']
 
 # %% ../nbs/02e_trainer.ipynb #37b026c2
 class DollyTrainer(SFTTrainer):
@@ -101,7 +101,8 @@ def training_step(self: DollyTrainer, model, inputs, num_items_in_batch=None):
     scale = scaler.scale(one) if scaler else one
     seed = self.args.seed * 10**6 + self.state.global_step  # each step draws its own dropout masks
     flat.start()
-    loss = sum((self.engine.step(row, inputs["learnt"] / scale, seed) for row in inputs["rows"]), 0 * one)
+    learnt = inputs["learnt"] / scale
+    loss = sum((self.engine.step(row, learnt, seed) for row in inputs["rows"]), 0 * one)
     if world > 1: torch.distributed.all_reduce(flat.grad)
     return loss / scale * world  # the Trainer averages over processes
 
@@ -549,6 +550,20 @@ def run_facts(
         graphs=len(engine.graphs.graphs) if engine.graphs else 0,
         graph_seconds=engine.graphs.seconds if engine.graphs else 0.0)
 
+# %% ../nbs/02e_trainer.ipynb #8d20c3f2
+def check_start(
+    trainer: DollyTrainer,   # as built
+    checkpoint: Path | None, # where this process resumes; `DollyError` when another one does not
+):
+    "Let several processes make sure that all begin at the same step."
+    step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+    total = torch.tensor(step, device=trainer.args.device)
+    if trainer.args.world_size > 1: torch.distributed.all_reduce(total)
+    if total == step * trainer.args.world_size: return
+    folder = trainer.args.output_dir
+    raise DollyError(f"another process does not begin at step {step}: {short_path(folder)} "
+                     f"must be the same folder on all machines; if it is, run the same again")
+
 # %% ../nbs/02e_trainer.ipynb #i9956253
 def fit(
     recipe: Recipe, # what to train, and how
@@ -564,6 +579,7 @@ def fit(
             checkpoint = last_checkpoint(run_dir, log)
             resuming = checkpoint is not None
             trainer = build_trainer(attempt, run_dir, tokenizer, data, log, resuming, shrink)
+            check_start(trainer, checkpoint)
             if checkpoint: log(f"resuming from {checkpoint.name}")
             if not (checkpoint and restore_finished(trainer, checkpoint, log)):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

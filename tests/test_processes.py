@@ -1,44 +1,35 @@
 """Several processes train as one does: the same steps, validations and adapter."""
-import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from dolly_lora.config import PRESETS, ConfigError, DollyError
+from dolly_lora.config import ConfigError, DollyError
 from dolly_lora.engine.packing import share_out
 from dolly_lora.processes import count_processes
 from dolly_lora.train import train
-from toys import curve, quiet
+from toys import EPOCH, assert_same, living, quiet, read
 
-# one epoch of 146 examples: nine steps of sixteen and one of two, too few for three processes;
-# the validation split is no multiple of anything
-RECIPE = replace(PRESETS["tiny"], max_steps=0, epochs=1.0, eval_steps=4, logging_steps=1)
-def read(folder):
-    return json.loads((folder / "training_history.json").read_text())
-
-
-def adapter(folder):
-    return load_file(folder / "adapter/adapter_model.safetensors")
-
-
-def assert_same(folder, other):
-    """The same curve, validations and adapter, but for the order of float32 sums."""
-    assert curve(read(folder)) == pytest.approx(curve(read(other)), abs=1e-5)
-    ours, theirs = adapter(folder), adapter(other)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=0)
+# a notebook that trains for long and says nothing more after its first step: FOLDER
+NOTEBOOK = """
+import sys
+from dataclasses import replace
+from dolly_lora.train import train
+from toys import EPOCH
+recipe = replace(EPOCH, gpus=2, epochs=1000.0, eval_steps=10**6, logging_steps=10**6)
+train(recipe, sys.argv[1], log=lambda line: print(line, flush=True))
+"""
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one") / "run"
-    train(RECIPE, folder, log=quiet)
+    train(EPOCH, folder, log=quiet)
     assert read(folder)["summary"]["steps"] == 10
     return folder
 
@@ -56,14 +47,14 @@ def by_two(tmp_path_factory):
 
     def kill_one(line):
         if line.startswith("step     6/"):
-            [p for p in workers() if "accelerate" not in " ".join(p.cmdline())][1].kill()
+            [p for p in workers() if "torch.distributed.run" not in " ".join(p.cmdline())][1].kill()
 
     said = r"was killed \(signal 9\); see .*workers.log; run the same"
     with pytest.raises(DollyError, match=said) as e:
-        train(replace(RECIPE, gpus=2), folder, log=kill_one)
+        train(replace(EPOCH, gpus=2), folder, log=kill_one)
     assert "\n" not in str(e.value) and workers() == []
     lines = []
-    train(replace(RECIPE, gpus=2), folder, log=lines.append)
+    train(replace(EPOCH, gpus=2), folder, log=lines.append)
     assert lines[2] == "resuming from checkpoint-4"
     assert len([line for line in lines if line.startswith("step    10/10  loss")]) == 1
     return folder
@@ -74,7 +65,7 @@ def test_two_processes_train_as_one(alone, by_two):
 
 
 def test_three_processes_train_as_one(alone, tmp_path):
-    train(replace(RECIPE, gpus=3), tmp_path / "run", log=quiet)
+    train(replace(EPOCH, gpus=3), tmp_path / "run", log=quiet)
     assert_same(tmp_path / "run", alone)
 
 
@@ -83,12 +74,30 @@ def test_an_interrupted_run_leaves_no_process(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(replace(RECIPE, gpus=2), tmp_path / "run", log=interrupt)
+        train(replace(EPOCH, gpus=2), tmp_path / "run", log=interrupt)
     assert workers() == []
 
 
+def test_no_process_outlives_its_notebook(tmp_path):
+    notebook = subprocess.Popen([sys.executable, "-c", NOTEBOOK, tmp_path / "run"],
+                                cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any(line.startswith("step     0/") for line in notebook.stdout)
+        family = psutil.Process(notebook.pid).children(recursive=True)
+        assert len(family) == 3  # the launcher and two workers
+    finally:
+        notebook.kill()
+        notebook.communicate()
+    try:
+        psutil.wait_procs(living(family), timeout=10)
+        assert living(family) == []
+    finally:
+        for process in living(family):
+            process.kill()
+
+
 def test_what_is_wrong_in_a_process_is_its_own_line(tmp_path):
-    recipe = replace(RECIPE, gpus=2, max_length=8)  # no prompt is that short
+    recipe = replace(EPOCH, gpus=2, max_length=8)  # no prompt is that short
     with pytest.raises(DollyError, match="no train example has room for a response") as e:
         train(recipe, tmp_path / "run", log=quiet)
     assert "\n" not in str(e.value)
@@ -97,15 +106,15 @@ def test_what_is_wrong_in_a_process_is_its_own_line(tmp_path):
 def test_more_cards_than_there_are_is_one_line():
     with patch("torch.cuda.device_count", return_value=2):
         with pytest.raises(ConfigError, match="gpus=4 and 2 can be seen: choose at most 2"):
-            count_processes(replace(RECIPE, gpus=4))
-        assert count_processes(RECIPE) == 1 and count_processes(replace(RECIPE, gpus=0)) == 2
+            count_processes(replace(EPOCH, gpus=4))
+        assert count_processes(EPOCH) == 1 and count_processes(replace(EPOCH, gpus=0)) == 2
 
 
 def test_a_run_of_two_goes_on_with_one(alone, by_two, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(by_two, folder, ignore=shutil.ignore_patterns("adapter", "checkpoint-10"))
     (folder / "training_history.json").unlink()
-    train(RECIPE, folder, log=quiet)
+    train(EPOCH, folder, log=quiet)
     assert read(folder)["summary"]["resumed_from"] == 8
     assert_same(folder, alone)
 

@@ -1,9 +1,12 @@
 """Small models and examples that the engine's tests share."""
+import json
 import random
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dolly_lora.config import PRESETS
@@ -15,6 +18,9 @@ from dolly_lora.hardware import is_ampere
 from dolly_lora.models import add_lora, tiny_tokenizer
 
 TINY = replace(PRESETS["tiny"], lora_dropout=0.0)
+# one epoch of 146 examples: nine steps of sixteen and one of two, too few for three processes;
+# the validation split is no multiple of anything
+EPOCH = replace(PRESETS["tiny"], max_steps=0, epochs=1.0, eval_steps=4, logging_steps=1)
 SHAPE = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_attention_heads=4)
 needs_gpu = pytest.mark.skipif(not is_ampere(), reason="no GPU of compute capability 8.0")
 
@@ -74,3 +80,32 @@ def curve(history):
 
 def quiet(line):
     """A log that nobody reads."""
+
+
+def read(folder):
+    """The history of a run."""
+    return json.loads((folder / "training_history.json").read_text())
+
+
+def adapter(folder):
+    """The tensors of a run's adapter."""
+    return load_file(folder / "adapter/adapter_model.safetensors")
+
+
+def assert_same(folder, other):
+    """The same curve, validations and adapter, but for the order of float32 sums."""
+    assert curve(read(folder)) == pytest.approx(curve(read(other)), abs=1e-5)
+    ours, theirs = adapter(folder), adapter(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=0)
+
+
+def living(processes):
+    """Those that still run; one that nobody has asked for its status is dead, too."""
+    def lives(process):
+        try:
+            return process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+    return [process for process in processes if lives(process)]
