@@ -278,9 +278,10 @@ def measure_step(
 ) -> dict: # name, base, batch_size; s_per_step, tok_per_s (real tokens) and those below
     """Measure one method to do a step, alone or as one of several processes that share it.
 
-    Also returned: `gpus` (1 for a CPU), `peak_gib` (of one; None on a CPU), `floor_s` (the
-    arithmetic alone at `rate` on each), `model_flops_utilisation`, `full_recipe_min` (3 epochs of 12,009 examples: 80 % of Dolly as it
-    comes), `graph_s` (recording graphs), `gpu_s` (seconds by kind of kernel)."""
+    Also returned: `gpus` (or processes without one), `peak_gib` (of one; None on a CPU), `floor_s`
+    (the arithmetic alone, shared by them, each at `rate`), `model_flops_utilisation`,
+    `full_recipe_min` (3 epochs of 12,009 examples: 80 % of Dolly as it comes), `graph_s`
+    (recording graphs), `gpu_s` (seconds by kind of kernel, on the first)."""
     from datasets import concatenate_datasets
     size = recipe.batch_size
     steps = len(data) // size
@@ -470,8 +471,8 @@ def bench_generate(
     """Write answers with the decoder, and before it the same with transformers if asked for.
 
     With `gpus` above 1 (or 0, and several to be seen) the decoder's answers are written a second
-    time, shared by that many. Also returned: `gpus`, `tok_per_s` (new tokens), `peak_gib` (None on a CPU), `floor_s` (reading weights
-    and cache alone, at `memory_rate`)."""
+    time, shared by that many. Also returned: `gpus`, `tok_per_s` (new tokens), `peak_gib` (None on
+    a CPU), `floor_s` (reading weights and cache alone on one card, at `memory_rate`)."""
     for peer in peers:
         if peer != "transformers":
             raise ConfigError(f"no way {peer!r} to write answers{suggest(peer, ['transformers'])}")

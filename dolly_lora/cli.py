@@ -594,7 +594,7 @@ def judge(
     from dolly_lora.verdicts import (check_evaluation, estimate_cost, judge_answers, keep_judgment,
                                      keep_verdicts, summarise_verdicts)
     folder, recipe = find_run(run_dir)
-    recipe = dataclasses.replace(recipe, judge=name or recipe.judge)
+    recipe = dataclasses.replace(recipe, judge=name or recipe.judge, gpus=0)
     if not (folder / "metrics.json").exists():
         raise DollyError(f"{run_dir} has no metrics.json: run its evaluation first "
                          f"(dolly-lora run {recipe.preset} --run-dir {run_dir})")
@@ -626,7 +626,7 @@ def run_options(p): # `p`: an argparse parser
     p.add_argument("preset", help=", ".join(PRESETS))
     p.add_argument("--run-dir", default="", help="default runs/PRESET")
     p.add_argument("--gpus", type=int, metavar="N",
-                   help="cards that share the training, default 1; 0: all there are")
+                   help="cards that share the work (default: all there are)")
     recipe_options(p)
 
 def chat_options(p): # `p`: an argparse parser

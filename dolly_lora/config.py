@@ -48,7 +48,7 @@ class Recipe:
     max_grad_norm: float = 1.0           # gradients are clipped to this norm
     optimizer: str = "adamw_torch_fused" # on CUDA (the assignment's: paged_adamw_8bit)
     seeds: int = 1                       # trainings, with seed, seed + 1, ... on the same split
-    gpus: int = 1                        # cards that share a training step (0: all there are)
+    gpus: int = 0                        # cards that share the work (0: all there are)
     eval_steps: int = 500                # steps between validations, each with a checkpoint
     logging_steps: int = 10              # steps between log lines
     test_answers: int = 0                # test prompts answered in 03_eval (0: all)

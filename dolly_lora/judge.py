@@ -20,7 +20,7 @@ from .models import (
     base_model, explain_unreadable, load_base, load_tokenizer, locate_base)
 
 # %% auto #0
-__all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'reply_key', 'kept_reply', 'judge_share', 'ask_new', 'ask',
+__all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'reply_key', 'kept_reply', 'ask_new', 'judge_share', 'ask',
            'JudgeError', 'endpoint_address', 'api_key', 'read_reply', 'EndpointJudge', 'choice_logprobs',
            'next_token_logprobs', 'LocalJudge', 'is_local', 'judge_recipe', 'judge_name', 'judge_origin', 'make_judge',
            'check_weight_files', 'check_hub_weights', 'check_judge', 'estimate', 'fetch']
@@ -94,20 +94,7 @@ def kept_reply(
     reply = Reply(text, logprobs)
     return None if cache[key].get("error") or reply.is_empty() else reply
 
-# %% ../nbs/03b_judge.ipynb #90035eb0
-@functools.cache
-def _judge_here(recipe, run_dir): return make_judge(recipe, *loaded_run(recipe, run_dir))
-
-def judge_share(
-    recipe: Recipe, run_dir: Path, # of the run
-    questions: list[Question],     # that nobody has answered
-    path: Path,                    # of the replies; this process's go to the file beside it
-) -> list[Reply]:
-    "What a helper of `Cards` does for `ask`."
-    cache = JsonlCache(card_file(path, int(os.environ["LOCAL_RANK"])))
-    return ask_new(_judge_here(recipe, run_dir), questions, cache, print)
-
-# %% ../nbs/03b_judge.ipynb #03b010
+# %% ../nbs/03b_judge.ipynb #8eec4b69
 def ask_new(
     judge: Judge,
     questions: list[Question], # that are not in the cache
@@ -128,6 +115,20 @@ def ask_new(
             log(f"{done:,} of {len(questions):,} questions answered by {judge.name}")
     return replies
 
+# %% ../nbs/03b_judge.ipynb #90035eb0
+@functools.cache
+def _judge_here(recipe, run_dir): return make_judge(recipe, *loaded_run(recipe, run_dir))
+
+def judge_share(
+    recipe: Recipe, run_dir: Path, # of the run
+    questions: list[Question],     # that nobody has answered
+    path: Path,                    # of the replies; this process's go to the file beside it
+) -> list[Reply]:
+    "What a helper of `Cards` does for `ask`."
+    cache = JsonlCache(card_file(path, int(os.environ["LOCAL_RANK"])))
+    return ask_new(_judge_here(recipe, run_dir), questions, cache, print)
+
+# %% ../nbs/03b_judge.ipynb #03b010
 def ask(
     judge: Judge,
     questions: list[Question],

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-import torch
 
 from conftest import ROOT
 from dolly_lora.config import DollyError

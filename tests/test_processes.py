@@ -107,7 +107,7 @@ def test_more_cards_than_there_are_is_one_line():
     with patch("torch.cuda.device_count", return_value=2):
         with pytest.raises(ConfigError, match="gpus=4 and 2 can be seen: choose at most 2"):
             count_processes(replace(EPOCH, gpus=4))
-        assert count_processes(EPOCH) == 1 and count_processes(replace(EPOCH, gpus=0)) == 2
+        assert count_processes(EPOCH) == 2 and count_processes(replace(EPOCH, gpus=1)) == 1
 
 
 def test_a_run_of_two_goes_on_with_one(alone, by_two, tmp_path):
