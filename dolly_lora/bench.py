@@ -24,7 +24,7 @@ from .files import read_json, write_json
 from .generate import generate_plain
 from .hardware import compute_dtype, device, device_name, peak_memory
 from .models import (
-    add_lora, linear_shapes, load_base, load_tokenizer, tiny_tokenizer)
+    add_lora, linear_shapes, load_base, load_tokenizer, RANDOM_SHAPES, tiny_tokenizer)
 from .processes import count_processes, run_workers
 from .runs import start_run
 from .trainer import collate, DollyTrainer, training_arguments
@@ -110,7 +110,7 @@ def needs_only_lengths(
 ) -> bool:
     "Are the embedded lengths enough: random weights, and no data set that somebody chose?"
     preset = PRESETS.get(recipe.preset, recipe)
-    return recipe.base == "random-7b" and recipe.dataset == preset.dataset
+    return recipe.base in RANDOM_SHAPES and recipe.dataset == preset.dataset
 
 def embedded_lengths() -> dict: # `examples`: their (prompt, response) tokens; `prompts`: tokens
     "The lengths of Dolly's training split in LLaMA-2's tokens."

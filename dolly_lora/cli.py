@@ -646,7 +646,8 @@ def bench_options(p): # `p`: an argparse parser
     p.add_argument("preset", nargs="?", default="llama2",
                    help=", ".join(PRESETS) + " (default llama2)")
     p.add_argument("--base", default="",
-                   help="random-7b: LLaMA-2-7B's shape with random weights, on a GPU")
+                   help="another model, for instance random-7b, random-13b or random-70b: "
+                        "LLaMA-2's shapes with random weights, on a GPU")
     p.add_argument("--peer", nargs="+", action="extend", default=[], metavar="WAY",
                    help="measure other ways on the same records first: stock, padding-free, "
                         "'by hand', 'weights kept', speed, frugal")

@@ -121,7 +121,9 @@ MODEL_NAMES = {  # base -> its name for people
     "smollm2": "SmolLM2-135M-Instruct",
     "tiny": "a random two-layer Llama",
     "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B",
-    "random-7b": "LLaMA-2-7B's shape, random weights"}
+    "random-7b": "LLaMA-2-7B's shape, random weights",
+    "random-13b": "LLaMA-2-13B's shape, random weights",
+    "random-70b": "LLaMA-2-70B's shape, random weights"}
 
 # %% ../nbs/00_config.ipynb #redact01
 def login_forms(

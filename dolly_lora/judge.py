@@ -17,7 +17,7 @@ from .config import DollyError, Recipe, redact
 from .files import file_sha256, JsonlCache, publish
 from .generate import weights_fingerprint
 from .models import (
-    base_model, explain_unreadable, load_base, load_tokenizer, locate_base)
+    base_model, explain_unreadable, load_base, load_tokenizer, locate_base, RANDOM_SHAPES)
 
 # %% auto #0
 __all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'reply_key', 'kept_reply', 'ask_new', 'judge_share', 'ask',
@@ -493,7 +493,7 @@ def check_judge(
                              f"({reply.error}): look at the server, or take another judge")
         return
     judging = judge_recipe(recipe)
-    if judging.base not in ("tiny", "random-7b"):  # those two are made on the spot
+    if judging.base not in ("tiny", *RANDOM_SHAPES):  # these are made on the spot
         place = locate_base(judging)
         if Path(place).is_dir(): check_weight_files(Path(place), place)
         else: check_hub_weights(judging)

@@ -15,12 +15,12 @@ from .files import file_sha256
 from .hardware import compute_dtype, device
 
 # %% auto #0
-__all__ = ['TARGET_MODULES', 'QUESTION_TOKENS', 'ModelError', 'head_dim', 'linear_shapes', 'quantization_config',
+__all__ = ['TARGET_MODULES', 'RANDOM_SHAPES', 'QUESTION_TOKENS', 'ModelError', 'head_dim', 'linear_shapes', 'quantization_config',
            'tiny_tokenizer', 'tiny_model', 'is_whole', 'convert_smollm2', 'packaged_smollm2', 'explain_hub_error',
-           'locate_base', 'explain_unreadable', 'load_tokenizer', 'load_base', 'require_gpu', 'random_7b',
-           'lora_parameter_count', 'lora_config', 'add_lora', 'base_model', 'attention_obstacle', 'weights_obstacle',
-           'room_needed', 'room_obstacle', 'has_safetensors', 'check_base', 'weights_fingerprint', 'keep_small_weights',
-           'load_tuned']
+           'locate_base', 'random_config', 'require_gpu', 'random_llama', 'explain_unreadable', 'load_tokenizer',
+           'load_base', 'lora_parameter_count', 'lora_config', 'add_lora', 'base_model', 'attention_obstacle',
+           'weights_obstacle', 'room_needed', 'room_obstacle', 'has_safetensors', 'check_base', 'weights_fingerprint',
+           'keep_small_weights', 'load_tuned']
 
 # %% ../nbs/00a_models.ipynb #ee596d21
 transformers.utils.logging.disable_progress_bar()  # a bar a file is noise in a notebook
@@ -196,6 +196,53 @@ def locate_base(
         raise ModelError(explain_hub_error(base, recipe.revision, e)) from None
     return base
 
+# %% ../nbs/00a_models.ipynb #i1668190
+RANDOM_SHAPES = {  # base -> how the shape differs from LLaMA-2-7B's
+    "random-7b": {},
+    "random-13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                       num_attention_heads=40),
+    "random-70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                       num_attention_heads=64, num_key_value_heads=8)}
+
+def random_config(
+    base: str, # a key of `RANDOM_SHAPES`
+): # a LlamaConfig
+    "The shape of a LLaMA-2."
+    from transformers import LlamaConfig
+    return LlamaConfig(max_position_embeddings=4096, **RANDOM_SHAPES[base])
+
+def require_gpu(): # `ModelError` without one
+    "What these models ask first."
+    if not torch.cuda.is_available():
+        raise ModelError("random-7b, random-13b and random-70b want a GPU: "
+                         "use base=tiny or base=smollm2 on a CPU")
+
+def random_llama(
+    config,            # a LlamaConfig
+    four: bool = True, # in NF4, else in the computing precision
+): # LlamaForCausalLM on `device()`
+    "A Llama with random weights, always the same ones."
+    import bitsandbytes as bnb
+    from transformers import LlamaForCausalLM
+    with torch.device("meta"): model = LlamaForCausalLM(config)
+    generator = torch.Generator(device()).manual_seed(0)
+    for name, module in list(model.named_modules()):
+        if getattr(module, "weight", None) is None: continue
+        values = torch.ones(module.weight.shape, dtype=compute_dtype(), device=device())
+        if values.dim() == 2: values.normal_(0, config.initializer_range, generator=generator)
+        if four and name.rpartition(".")[2] in TARGET_MODULES:
+            packed = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False,
+                                       compute_dtype=compute_dtype(), quant_type="nf4",
+                                       compress_statistics=True, device="meta")
+            packed.weight = bnb.nn.Params4bit(values, requires_grad=False, quant_type="nf4",
+                                              compress_statistics=True, module=packed)
+            model.set_submodule(name, packed.to(device()))
+        else: module.weight = torch.nn.Parameter(values, requires_grad=False)
+    # its frequencies in float32, as a loaded model has them
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device())
+    model.is_loaded_in_4bit = four
+    return model.eval()
+
 # %% ../nbs/00a_models.ipynb #5a597df0
 @contextlib.contextmanager
 def explain_unreadable(
@@ -218,7 +265,7 @@ def load_tokenizer(
 ): # a fast tokenizer, padding on the left; `ModelError` without an end and another pad token
     "The base model's tokenizer, with a pad token that is not the end token."
     from transformers import AutoTokenizer
-    if recipe.base == "random-7b":
+    if recipe.base in RANDOM_SHAPES:
         require_gpu()
         recipe = PRESETS["llama2"]
     if recipe.base == "tiny":
@@ -246,8 +293,9 @@ def load_base(
     from transformers import AutoModelForCausalLM
     if recipe.base == "tiny":
         return tiny_model().to(device()).eval()
-    if recipe.base == "random-7b":
-        return random_7b(recipe.load_in_4bit)
+    if recipe.base in RANDOM_SHAPES:
+        require_gpu()
+        return random_llama(random_config(recipe.base), recipe.load_in_4bit)
     quantised = recipe.load_in_4bit and torch.cuda.is_available()
     how = dict(quantization_config=quantization_config()) if quantised else {}
     with explain_unreadable(recipe.base):
@@ -255,41 +303,6 @@ def load_base(
             locate_base(recipe), revision=recipe.revision or None, dtype=compute_dtype(),
             device_map={"": device()}, use_safetensors=True, trust_remote_code=False, **how)
     return model.eval()
-
-# %% ../nbs/00a_models.ipynb #i1668190
-def require_gpu(): # `ModelError` without one
-    "What `random-7b` asks first."
-    if not torch.cuda.is_available():
-        raise ModelError("random-7b wants a GPU: use base=tiny or base=smollm2 on a CPU")
-
-def random_7b(
-    four: bool = True, # in NF4, else in the computing precision
-): # LlamaForCausalLM on the GPU; `ModelError` without one
-    "LLaMA-2-7B's shape with random weights."
-    import bitsandbytes as bnb
-    from transformers import LlamaConfig, LlamaForCausalLM
-    require_gpu()
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(compute_dtype())
-    try:
-        with torch.device(device()):
-            model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=4096))
-    finally:
-        torch.set_default_dtype(before)
-    # its frequencies in float32, as a loaded model has them
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device())
-    linears = [(n, m) for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)]
-    for name, linear in linears if four else []:
-        packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False,
-                                   compute_dtype=compute_dtype(), quant_type="nf4",
-                                   compress_statistics=True, device="meta")
-        packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False,
-                                          quant_type="nf4", compress_statistics=True,
-                                          module=packed)
-        model.model.set_submodule(name, packed.to(device()))
-        linear.weight = None
-    model.is_loaded_in_4bit = four
-    return model.requires_grad_(False).eval()
 
 # %% ../nbs/00a_models.ipynb #g0a4a30d
 def lora_parameter_count(
@@ -414,11 +427,11 @@ def check_base(
     recipe: Recipe, # its base and its limits; `ModelError` says what is in the way
 ):
     "Refuse a base model that cannot be had, trained or asked, before anything is spent on it."
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import AutoConfig
     if recipe.base == "tiny":
         config = tiny_model().config
-    elif recipe.base == "random-7b":
-        config = LlamaConfig(max_position_embeddings=4096)
+    elif recipe.base in RANDOM_SHAPES:
+        config = random_config(recipe.base)
     else:
         place = locate_base(recipe)
         with explain_unreadable(f"the config of {recipe.base}"):
@@ -442,7 +455,7 @@ def weights_fingerprint(
     recipe: Recipe, # its `base` and `revision`; `ModelError` for a base that cannot be had
 ) -> str: # a folder's SHA-256, a hub model's commit, or the name of a packaged or made-up model
     "What a base model's answers depend on, besides the recipe."
-    if recipe.base in ("tiny", "smollm2", "random-7b"):
+    if recipe.base in ("tiny", "smollm2", *RANDOM_SHAPES):
         return recipe.base
     folder = project_root() / recipe.base
     if folder.is_dir():

@@ -21,9 +21,9 @@ from transformers import Qwen2Config, Qwen3Config, T5Config
 from conftest import ROOT
 from dolly_lora import models
 from dolly_lora.config import PRESETS
-from dolly_lora.models import ModelError, add_lora, check_base, device, load_base, load_tokenizer
-from dolly_lora.models import load_tuned, lora_parameter_count, packaged_smollm2, tiny_model
-from dolly_lora.models import tiny_tokenizer
+from dolly_lora.models import RANDOM_SHAPES, ModelError, add_lora, check_base, device, load_base
+from dolly_lora.models import load_tokenizer, load_tuned, lora_parameter_count, packaged_smollm2
+from dolly_lora.models import random_config, random_llama, tiny_model, tiny_tokenizer
 from dolly_lora.train import train
 
 SHAPE = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
@@ -60,9 +60,70 @@ def test_presets_can_be_trained(preset):
     check_base(PRESETS[preset])
 
 
+@pytest.mark.parametrize("base", RANDOM_SHAPES)
 @pytest.mark.parametrize("preset", ["llama2", "llama2-t4"])
-def test_llama2_has_room_for_its_presets(preset):
-    check_base(replace(PRESETS[preset], base="random-7b"))
+def test_llama2_has_room_for_its_presets(preset, base):
+    check_base(replace(PRESETS[preset], base=base))
+
+
+def test_the_shapes_of_random_weights_are_llama2s():
+    """The number of parameters of the published models."""
+    published = {"random-7b": 6_738_415_616, "random-13b": 13_015_864_320,
+                 "random-70b": 68_976_648_192}
+    for base, number in published.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(random_config(base))
+        assert sum(p.numel() for p in model.parameters()) == number
+
+
+def test_random_weights_are_always_the_same():
+    """Each process makes its own model, and all must train the same one."""
+    config = LlamaConfig(**SHAPE)
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    model, same = random_llama(config, four=False), random_llama(config, four=False)
+    assert torch.rand(1) == expected  # nobody else's random numbers were taken
+    for (name, p), q in zip(model.named_parameters(), same.parameters()):
+        assert p.equal(q) and not p.requires_grad
+        if p.dim() == 1:
+            assert p.eq(1).all(), name
+        else:
+            assert float(p.float().std()) == pytest.approx(0.02, rel=0.05), name
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    assert not any(p.equal(q) for p, q in zip(matrices, matrices[1:]) if p.shape == q.shape)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert model(torch.arange(6)[None].to(model.device)).logits.isfinite().all()
+
+
+def test_random_weights_in_nf4_are_the_same_ones():
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    config = LlamaConfig(**SHAPE)
+    packed, whole = random_llama(config, four=True), random_llama(config, four=False)
+    linears = [(n, m) for n, m in packed.named_modules()
+               if isinstance(m, Linear4bit)]
+    assert len(linears) == 14
+    for name, module in linears:
+        values = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        wanted = whole.get_submodule(name).weight
+        assert float((values - wanted).norm() / wanted.norm()) < 0.15, name
+    assert packed.lm_head.weight.equal(whole.lm_head.weight)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a card's memory")
+def test_random_weights_are_quantised_one_matrix_at_a_time():
+    """What is never whole in 16 bits need not fit there."""
+    config = LlamaConfig(vocab_size=512, hidden_size=2048, intermediate_size=4096,
+                         num_hidden_layers=8, num_attention_heads=16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = random_llama(config)
+    kept = torch.cuda.memory_allocated() - before
+    largest = 2 * 2048 * 4096  # bytes of a matrix
+    assert torch.cuda.max_memory_allocated() - before < kept + 3 * largest
+    assert kept < 8 * (4 * 2048**2 + 3 * 2048 * 4096) * 0.6 + 2 * 2 * 512 * 2048
+    del model
 
 
 @pytest.mark.parametrize("changes, fields", [
