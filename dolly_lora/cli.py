@@ -528,6 +528,7 @@ def run_bench(
     overrides: str = "",   # "field=value field=value"
     as_json: bool = False, # a JSON line for each way instead of a table
     answers: bool = False, # measure generation instead of training
+    steps: int = 20,       # measured for each way
     prompts: int = 128,    # to answer
     new_tokens: int = 128, # for each
     gpus: int = 1,         # cards that share the work in a second measurement; 0: all there are
@@ -548,7 +549,7 @@ def run_bench(
             print(line.format(*cells.values()), flush=True)
             shown.append(row)
         if answers: bench_generate(recipe, peers, prompts, new_tokens, show)
-        else: bench(recipe, peers, log=show)
+        else: bench(recipe, peers, steps, show)
     return 0
 
 # %% ../nbs/cli.ipynb #i6179608
@@ -652,6 +653,7 @@ def bench_options(p): # `p`: an argparse parser
                    help="measure other ways on the same records first: stock, padding-free, "
                         "'by hand', 'weights kept', speed, frugal")
     recipe_options(p)
+    p.add_argument("--steps", type=int, default=20, help="measured for each way (default 20)")
     p.add_argument("--generate", action="store_true",
                    help="measure answers instead; --peer transformers for a comparison")
     p.add_argument("--prompts", type=int, default=128, help="to answer with --generate")
@@ -705,7 +707,8 @@ def dispatch(
         return 0
     if args.command == "bench":
         return run_bench(args.preset, args.base, args.peer, args.dataset, shlex.join(args.set),
-                         args.json, args.generate, args.prompts, args.new_tokens, args.gpus)
+                         args.json, args.generate, args.steps, args.prompts, args.new_tokens,
+                         args.gpus)
     if args.command == "judge":
         return judge(args.run_dir, args.judge, args.dry_run)
     from dolly_lora.report import write_report
