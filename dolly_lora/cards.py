@@ -38,6 +38,7 @@ def gather_rows(
     path: Path, # of a `JsonlCache`
 ) -> JsonlCache: # with the rows of all cards
     "Move what other cards' processes have finished to the file it belongs to."
+    path = Path(path)
     cache = JsonlCache(path)
     for part in sorted(path.parent.glob(card_file(path, "*").name)):
         for key, row in JsonlCache(part).rows.items():
