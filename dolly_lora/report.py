@@ -17,8 +17,8 @@ from .runs import hold_run
 from .tables import (
     WRITTEN_BY, category_rows, collect, contender_table, example_rows, habit_rows, hardware_rows,
     judge_facts, measured_steps, metrics_of, named_judgments, optimizer_name,
-    published_judges_to_ask, rating_rows, refusals, setting_rows, source_name, unread_judges,
-    win_rows, writing_rows)
+    published_judges_to_ask, rating_rows, refusals, scaling_rows, setting_rows, source_name,
+    unread_judges, win_rows, writing_rows)
 
 # %% auto #0
 __all__ = ['BESIDE', 'decide', 'share_difference', 'describe', 'Claim', 'loss_claim', 'endings_claim', 'seeds_claim',
@@ -213,6 +213,7 @@ def _values(r, metrics): # what the template's holes are filled from
         refusals=refusals(judgments),
         measured_steps=measured_steps(r["bench"]), writing_rows=writing_rows(r["bench"]),
         writing=next((b for b in r["bench"] if "new_tokens" in b), None),
+        scaling_rows=scaling_rows(r["bench"]),
         versions=", ".join(f"{name} {n}" for name, n in environment["packages"].items()),
         commit=f"{digits[:12]} {changes}".strip())
 

@@ -18,7 +18,7 @@ from .verdicts import judge_slug, passed
 __all__ = ['WRITTEN_BY', 'KEYS', 'official_prompts', 'collect', 'metrics_of', 'named_judgments', 'unread_judges', 'source_name',
            'category_rows', 'example_rows', 'optimizer_name', 'setting_rows', 'hardware_rows', 'contender_table',
            'judge_facts', 'win_rows', 'habit_rows', 'rating_rows', 'refusals', 'published_judges_to_ask',
-           'measured_steps', 'writing_rows']
+           'cards_compared', 'measured_steps', 'writing_rows', 'scaling_rows']
 
 # %% ../nbs/05b_tables.ipynb #05bf0002
 WRITTEN_BY = {"recipe.json": "01_data", "data/statistics.json": "01_data",
@@ -302,6 +302,16 @@ def published_judges_to_ask(
     return [known for kind, known in published.items()
             if not any(j.official.get(kind) for j in judgments)]
 
+# %% ../nbs/05b_tables.ipynb #2582c73e
+def cards_compared(
+    bench: list[dict], # rows of bench.jsonl
+) -> list[tuple[dict, dict]]: # the same work on one card and on several
+    "Each row of several cards, with the row of one card that was measured right before it."
+    same = "name", "base", "batch_size", "prompts", "new_tokens"
+    return [(alone, shared) for alone, shared in zip(bench, bench[1:])
+            if shared.get("gpus", 1) > 1 and alone.get("gpus", 1) == 1
+            and all(alone.get(key) == shared.get(key) for key in same)]
+
 # %% ../nbs/05b_tables.ipynb #05b00028
 def _gib(row): return f"{row['peak_gib']:.1f}" if row["peak_gib"] else ""
 
@@ -309,9 +319,10 @@ def measured_steps(
     bench: list[dict], # rows of bench.jsonl
 ) -> list[dict]: # per base model: first, best, speedup, others, waiting (%), rows, measured, figure
     "The ways to do a training step, base model by base model."
-    by_base = {}
+    by_base, beside = {}, [alone for alone, _ in cards_compared(bench)]
     for row in bench:
-        if "s_per_step" not in row: continue
+        # what was measured for the comparison of one card with several stands there
+        if "s_per_step" not in row or row.get("gpus", 1) > 1 or row in beside: continue
         by_base.setdefault(row["base"], []).append(dict(batch_size=16) | row)
     steps = []
     for base, measured in by_base.items():
@@ -333,5 +344,19 @@ def writing_rows(
     bench: list[dict], # rows of bench.jsonl
 ) -> list[list]: # way, prompts at a time, seconds, new tokens/s, peak GiB
     "The ways to write the same answers."
+    beside = [alone for alone, _ in cards_compared(bench)]
     return [[b["name"], b["slots"], number(b["seconds"], 2), round(b["tok_per_s"]), _gib(b)]
-            for b in bench if "new_tokens" in b]
+            for b in bench if "new_tokens" in b and b.get("gpus", 1) == 1 and b not in beside]
+
+def scaling_rows(
+    bench: list[dict], # rows of bench.jsonl
+) -> list[list]: # what, cards, s on one, s on all of them, how many times as fast, peak GiB of a card
+    "What several cards gain over one."
+    rows = []
+    for alone, shared in cards_compared(bench):
+        if "new_tokens" in shared:
+            time, what = "seconds", f"{shared['prompts']} answers of {shared['new_tokens']} tokens"
+        else: time, what = "s_per_step", f"{shared['name']}, {shared['batch_size']} a step"
+        rows.append([f"{shared['model']}, {what}", shared["gpus"], number(alone[time], 3),
+                     number(shared[time], 3), number(alone[time] / shared[time], 2), _gib(shared)])
+    return rows
