@@ -56,8 +56,10 @@ def preflight(
     from transformers.training_args import OptimizerNames
     from dolly_lora.data import load_dolly
     from dolly_lora.models import check_base
+    from dolly_lora.processes import count_processes
     from dolly_lora.verdicts import check_evaluation
     check_room(out, 0.2 if recipe.dataset == "sample" else 2)
+    count_processes(recipe)
     if recipe.optimizer not in list(OptimizerNames):
         near = suggest(recipe.optimizer, [str(o.value) for o in OptimizerNames])
         raise ConfigError(f"transformers has no optimizer {recipe.optimizer!r}{near}")

@@ -350,7 +350,7 @@ def writing_rows(
 
 def scaling_rows(
     bench: list[dict], # rows of bench.jsonl
-) -> list[list]: # what, cards, s on one, s on all of them, how many times as fast, peak GiB of a card
+) -> list[list]: # what, cards, s on one, s on all, times as fast, peak GiB of a card
     "What several cards gain over one."
     rows = []
     for alone, shared in cards_compared(bench):

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from conftest import cli
 from dolly_lora import bench
-from dolly_lora.config import PRESETS, resolve, sample_path
+from dolly_lora.config import PRESETS, ConfigError, resolve, sample_path
 from dolly_lora.data import build_prompt, clean, encode_all, load_dolly, split
 from dolly_lora.files import read_json
 
@@ -78,7 +78,9 @@ def test_the_whole_measurement_asks_nobody_for_anything(no_hub, small_shape):
     assert [row["name"] for row in rows] == ["stock", "padding-free", "speed"]
     assert all(row["s_per_step"] > 0 for row in rows)
     assert len({row["tokens_per_step"] for row in rows}) == 1
-    rows = bench.bench_generate(recipe, prompts=4, new_tokens=2)
+    with pytest.raises(ConfigError, match="did you mean transformers"):
+        bench.bench_generate(recipe, ["transformer"])
+    rows = bench.bench_generate(recipe, ["transformers"], prompts=4, new_tokens=2)
     assert [row["name"] for row in rows] == ["transformers", "dolly_lora"]
     assert rows[0]["prompts"] == 4
 
@@ -159,3 +161,23 @@ def test_the_arithmetic_of_a_step_by_hand():
     token = 3 * sum(4 * i * o + 6 * 2 * (i + o) for i, o in shapes)
     expected = token * 12 + 7 * 3 * 8 * (5**2 + 7**2) + 4 * 100 * 8 * 6
     assert bench.step_flops(config, 2, [5, 7], 6) == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants no card, or several")
+def test_several_processes_are_measured_beside_one():
+    """On the same records; the arithmetic is shared, and so is its floor."""
+    recipe = replace(PRESETS["tiny"], gpus=2, batch_size=4)
+    alone, shared = bench.bench(recipe, steps=2)
+    assert (alone["gpus"], shared["gpus"]) == (1, 2)
+    for same in "name", "base", "batch_size", "tokens_per_step", "model", "device":
+        assert alone[same] == shared[same]
+    assert shared["floor_s"] == pytest.approx(alone["floor_s"] / 2)
+    assert shared["s_per_step"] > 0 and shared["tok_per_s"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants no card, or several")
+def test_answers_of_two_processes_are_as_long_and_as_many():
+    alone, shared = bench.bench_generate(replace(PRESETS["tiny"], gpus=2), (), 5, 3)
+    assert (alone["gpus"], shared["gpus"]) == (1, 2)
+    for row in alone, shared:
+        assert row["prompts"] == 5 and row["tok_per_s"] * row["seconds"] == pytest.approx(15)

@@ -13,6 +13,7 @@ import numpy as np
 import papermill
 import psutil
 import pytest
+import torch
 
 from conftest import ROOT
 from dolly_lora.cards import Cards, card_file, deal, gather_rows
@@ -23,6 +24,9 @@ from dolly_lora.generate import make_answerer
 from dolly_lora.judge import Question, ask, make_judge
 from dolly_lora.models import load_tokenizer, load_tuned
 from toys import quiet
+
+# several processes on the CPU; on cards they are measured by `dolly-lora bench --gpus`
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="wants no card, or several")
 
 RECIPE = PRESETS["tiny"]
 PROMPTS = [f"Count to {n}, slowly." for n in range(12)]

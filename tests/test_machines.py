@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from conftest import ROOT
 from dolly_lora.config import DollyError
@@ -20,6 +21,9 @@ from dolly_lora.runs import start_run
 from dolly_lora.train import train
 from dolly_lora.trainer import check_start
 from toys import EPOCH, assert_same, quiet
+
+# several processes on the CPU; on cards they are measured by `dolly-lora bench --gpus`
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="wants no card, or several")
 
 README = (ROOT / "README.md").read_text()
 

@@ -8,12 +8,16 @@ from unittest.mock import patch
 
 import psutil
 import pytest
+import torch
 
 from dolly_lora.config import ConfigError, DollyError
 from dolly_lora.engine.packing import share_out
 from dolly_lora.processes import count_processes
 from dolly_lora.train import train
 from toys import EPOCH, assert_same, living, quiet, read
+
+# several processes on the CPU; on cards they are measured by `dolly-lora bench --gpus`
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="wants no card, or several")
 
 # a notebook that trains for long and says nothing more after its first step: FOLDER
 NOTEBOOK = """

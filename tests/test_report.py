@@ -11,10 +11,11 @@ from html.parser import HTMLParser
 import pytest
 
 from conftest import ROOT
-from dolly_lora.config import MODEL_NAMES, PRESETS, DollyError
+from dolly_lora.config import MODEL_NAMES, PRESETS, DollyError, sample_path
 from dolly_lora.files import write_json
 from dolly_lora.results import Judgment, from_json
-from dolly_lora.tables import judge_facts, official_prompts
+from dolly_lora.tables import cards_compared, judge_facts, measured_steps, official_prompts
+from dolly_lora.tables import scaling_rows
 from dolly_lora.verdicts import judge_slug
 from dolly_lora.report import (
     collect,
@@ -869,3 +870,21 @@ def test_a_run_before_seeds_contenders_and_later_fields_still_renders(committed)
     with pytest.raises(DollyError, match="another version of dolly_lora .*padding") as e:
         report_markdown(old)
     assert "\n" not in str(e.value)
+
+
+def test_several_cards_stand_beside_one_and_not_among_the_ways(tmp_path):
+    """A row of several cards belongs to the row of one right before it, and both to a table."""
+    lines = [json.loads(line) for name in ("bench_h100.jsonl", "cards_h100.jsonl")
+             for line in sample_path(name).read_text().splitlines()]
+    compared = cards_compared(lines)
+    assert len(compared) == len(scaling_rows(lines)) >= 3
+    for (alone, shared), row in zip(compared, scaling_rows(lines)):
+        assert alone.get("gpus", 1) == 1 < shared["gpus"] == row[1]
+        time = "seconds" if "new_tokens" in shared else "s_per_step"
+        assert row[4] == f"{alone[time] / shared[time]:.2f}"
+    for steps in measured_steps(lines):
+        assert not {json.dumps(b) for b in steps["measured"]} & {
+            json.dumps(dict(batch_size=16) | b) for pair in compared for b in pair}
+    assert scaling_rows(lines[:5]) == []
+    other = compared[0][1] | dict(batch_size=99)  # nothing of the kind was measured on one card
+    assert cards_compared([compared[0][0], other]) == []
