@@ -117,24 +117,3 @@ def test_no_module_of_ours_imports_resource_when_it_is_loaded():
         tree = ast.parse(file.read_text(encoding="utf-8"))
         imports = [node for node in tree.body if isinstance(node, ast.Import)]
         assert "resource" not in [name.name for node in imports for name in node.names], file.name
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a card works behind Python's back")
-def test_a_step_does_not_wait_for_the_card(tmp_path):
-    """Between two lines of the log, Python prepares steps while the card computes."""
-    from transformers import TrainerCallback
-
-    from dolly_lora.bench import bench_examples, bench_trainer
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):  # graphs are recorded by then
-            torch.cuda.set_sync_debug_mode("error" if 20 <= state.global_step < 38 else "default")
-
-    data = bench_examples(RECIPE, 20)
-    recipe = replace(RECIPE, max_steps=40, logging_steps=10**6)
-    trainer = bench_trainer("speed", recipe, str(tmp_path), data)
-    trainer.add_callback(Watch())
-    try:
-        trainer.train()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
