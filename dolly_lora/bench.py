@@ -4,7 +4,7 @@
 
 # %% ../nbs/02f_bench.ipynb #02d002
 from __future__ import annotations
-import functools, gc, itertools, json, re, tempfile, time
+import functools, gc, itertools, re, shutil, tempfile, time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -320,12 +320,13 @@ def measure_step(
 def measure_share(
     recipe: Recipe, # as for `measure_step`
     folder: Path,   # its bench.json has `steps` and `rate`
-    log,            # gets the row of `measure_step` as JSON
+    log,            # not used: the first process leaves its row in row.json
 ):
     "Measure as one of several processes."
     asked = read_json(folder / "bench.json")
     data = bench_examples(recipe, asked["steps"])
-    log(json.dumps(measure_step(recipe.memory, recipe, data, asked["rate"])))
+    row = measure_step(recipe.memory, recipe, data, asked["rate"])
+    if torch.distributed.get_rank() == 0: write_json(folder / "row.json", row)
 
 # %% ../nbs/02f_bench.ipynb #a3061a80
 def measure_shared(
@@ -336,12 +337,13 @@ def measure_shared(
 ) -> dict: # the first process's row, as from `measure_step`
     "Measure the recipe's method to do a step, shared by several processes."
     memory_left_behind()
-    lines = []
-    with tempfile.TemporaryDirectory() as folder:
-        start_run(recipe, Path(folder))
-        write_json(Path(folder) / "bench.json", dict(steps=steps, rate=rate))
-        run_workers(processes, Path(folder), lines.append, "dolly_lora.bench:measure_share")
-    return json.loads(lines[-1])
+    folder = Path(tempfile.mkdtemp(prefix="dolly_lora_"))  # stays when a worker dies: it has its log
+    start_run(recipe, folder)
+    write_json(folder / "bench.json", dict(steps=steps, rate=rate))
+    run_workers(processes, folder, lambda line: None, "dolly_lora.bench:measure_share")
+    row = read_json(folder / "row.json")
+    shutil.rmtree(folder)
+    return row
 
 # %% ../nbs/02f_bench.ipynb #i0933022
 def bench(
@@ -357,6 +359,7 @@ def bench(
     for peer in peers:
         if peer not in METHODS:
             raise ConfigError(f"no way {peer!r} to do a step{suggest(peer, METHODS)}")
+    processes = count_processes(recipe)
     data = bench_examples(recipe, steps)
     steps = len(data) // recipe.batch_size
     rate = matrix_rate(8192 if torch.cuda.is_available() else 1024)
@@ -367,7 +370,6 @@ def bench(
     for method in [p for p in peers if p != recipe.memory] + [recipe.memory]:
         table.append(measure_step(method, recipe, data, rate) | about)
         log(table[-1])
-    processes = count_processes(recipe)
     if processes > 1:
         table.append(measure_shared(processes, recipe, steps, rate) | about)
         log(table[-1])
@@ -476,6 +478,8 @@ def bench_generate(
     for peer in peers:
         if peer != "transformers":
             raise ConfigError(f"no way {peer!r} to write answers{suggest(peer, ['transformers'])}")
+    folder = Path(tempfile.mkdtemp(prefix="dolly_lora_"))  # stays when a helper dies: it has its log
+    cards = Cards(recipe, folder)
     model, endless = _endless_base(recipe)
     encoded = bench_prompts(recipe, bench_tokenizer(recipe), prompts)
     lengths = [len(ids) for ids in encoded]
@@ -494,10 +498,11 @@ def bench_generate(
 
     if peers: measure("transformers", 1, 64, partial(write, generate_plain, 64, encoded))
     measure("dolly_lora", 1, SLOTS, partial(write, decode_all, SLOTS, encoded))
-    cards = Cards(recipe, Path(tempfile.mkdtemp()))
     if cards.number > 1:
         measure("dolly_lora", cards.number, SLOTS, lambda n: cards.map(
             lambda part: write(decode_all, SLOTS, part, n), "dolly_lora.bench:write_share",
             encoded, lengths, n))
     cards.end()
+    shutil.rmtree(folder)
+    _endless_base.cache_clear()
     return table

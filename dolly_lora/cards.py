@@ -42,7 +42,7 @@ def gather_rows(
     cache = JsonlCache(path)
     for part in sorted(path.parent.glob(card_file(path, "*").name)):
         for key, row in JsonlCache(part).rows.items():
-            if key not in cache: cache.add(key, row)
+            if key not in cache or cache[key] != row: cache.add(key, row)  # the last one counts
         part.unlink()
     return cache
 
@@ -89,18 +89,23 @@ class Cards:
     def start(self):
         "Start the helpers."
         log, spawn = self.run_dir / "workers.log", multiprocessing.get_context("spawn")
-        before = multiprocessing.active_children()
-        self.pools = [ProcessPoolExecutor(1, spawn, begin_worker, (card, log))
-                      for card in range(1, self.number)]
-        run = self.recipe, self.run_dir
-        for pool in self.pools: pool.submit(call, "dolly_lora.cards:loaded_run", *run)
-        self.workers = [p for p in multiprocessing.active_children() if p not in before]
+        for card in range(1, self.number):
+            before = multiprocessing.active_children()
+            self.pools.append(ProcessPoolExecutor(1, spawn, begin_worker, (card, log)))
+            self.pools[-1].submit(os.getpid)  # begins the process
+            self.workers += [p for p in multiprocessing.active_children() if p not in before]
 
     def end(self):
         "End the helpers, at once."
         for worker in self.workers: worker.kill()
-        for pool in self.pools: pool.shutdown()
+        for pool in self.pools: pool.shutdown(wait=False, cancel_futures=True)
         self.pools, self.workers = [], []
+
+    def first_card(self,
+        log, # gets a line
+    ): # a function that gets a line, too
+        "A log that says that its numbers are of one card's share."
+        return lambda line: log(f"{line} (on the first of {self.number} cards)")
 
     def map(self,
         own,         # does this process's share: called with a list of items
@@ -110,10 +115,10 @@ class Cards:
         *args,       # for `work`
     ) -> list: # a result for each item; `DollyError` when a helper died
         "Share out the items, and wait for all results."
-        hands = deal(sizes, self.number)
+        hands = deal(sizes, max(1, min(self.number, len(items))))
         mine, *others = [[items[i] for i in hand] for hand in hands]
         try:
-            if not self.pools: self.start()
+            if others and not self.pools: self.start()
             asked = [pool.submit(call, work, self.recipe, self.run_dir, part, *args)
                      for pool, part in zip(self.pools, others)]
             made = [own(mine), *[future.result() for future in asked]]

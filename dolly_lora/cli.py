@@ -534,12 +534,11 @@ def run_bench(
     steps: int = 20,       # measured for each way
     prompts: int = 128,    # to answer
     new_tokens: int = 128, # for each
-    gpus: int = 1,         # cards that share the work in a second measurement; 0: all there are
 ) -> int: # exit status
     "Measure a training step, or generation, and print what came out."
     from dolly_lora.bench import bench, bench_generate
     if base: overrides = f"{overrides} base={shlex.quote(base)}"
-    recipe = dataclasses.replace(resolve(preset, "", dataset, overrides)[0], gpus=gpus)
+    recipe, _ = resolve(preset, "", dataset, overrides)
     shown = []
     with lines_alone(as_json) as out:
         def show(row):
@@ -547,7 +546,7 @@ def run_bench(
                 print(json.dumps(row), file=out, flush=True)
                 return
             cells = bench_cells(row)
-            line = "{:15}" + "{:>12}" * (len(cells) - 1)
+            line = "{:20}" + "{:>12}" * (len(cells) - 1)
             if not shown: print(line.format(*cells))
             print(line.format(*cells.values()), flush=True)
             shown.append(row)
@@ -658,11 +657,12 @@ def bench_options(p): # `p`: an argparse parser
     recipe_options(p)
     p.add_argument("--steps", type=int, default=20, help="measured for each way (default 20)")
     p.add_argument("--generate", action="store_true",
-                   help="measure answers instead; --peer transformers for a comparison")
-    p.add_argument("--prompts", type=int, default=128, help="to answer with --generate")
-    p.add_argument("--new-tokens", type=int, default=128, help="for each of these prompts")
+                   help="measure answers instead (--peer transformers: its, too)")
+    p.add_argument("--prompts", type=int, default=128, help="to answer with --generate (default 128)")
+    p.add_argument("--new-tokens", type=int, default=128, 
+                   help="for each of these prompts (default 128)")
     p.add_argument("--gpus", type=int, default=1, metavar="N",
-                   help="measure a second time, with N cards that share the work; 0: all there are")
+                   help="measure a second time, shared by N cards; 0: all there are (default 1)")
     p.add_argument("--json", action="store_true", help="a JSON line for each way")
 
 def judge_options(p): # `p`: an argparse parser
@@ -709,9 +709,9 @@ def dispatch(
             print(f"{'ok' if fine else '--'}  {what:18}{remark}")
         return 0
     if args.command == "bench":
-        return run_bench(args.preset, args.base, args.peer, args.dataset, shlex.join(args.set),
-                         args.json, args.generate, args.steps, args.prompts, args.new_tokens,
-                         args.gpus)
+        overrides = shlex.join([f"gpus={args.gpus}", *args.set])
+        return run_bench(args.preset, args.base, args.peer, args.dataset, overrides, args.json,
+                         args.generate, args.steps, args.prompts, args.new_tokens)
     if args.command == "judge":
         return judge(args.run_dir, args.judge, args.dry_run)
     from dolly_lora.report import write_report

@@ -101,12 +101,13 @@ def contender_losses(
 ) -> np.ndarray: # as from `token_losses`
     "The losses of a contender: the adapter on or off, the records in its form."
     encode = encode_in_template if name == "chat_template" else encode_all
-    def own(part):
+    def own(part, log=print):
         with contextlib.nullcontext() if name == "tuned" else model.disable_adapter():
-            return token_losses(model, tokenizer, part, recipe, encode=encode)
+            return token_losses(model, tokenizer, part, recipe, log=log, encode=encode)
     if cards is None or cards.number == 1: return own(rows)
     sizes = [len(row["context"]) + len(row["response"]) for row in rows]
-    return np.array(cards.map(own, "dolly_lora.evaluate:losses_share", rows, sizes, name))
+    return np.array(cards.map(lambda part: own(part, cards.first_card(print)),
+                              "dolly_lora.evaluate:losses_share", rows, sizes, name))
 
 # %% ../nbs/03_eval.ipynb #e478b501
 def mean_loss(

@@ -285,7 +285,7 @@ def make_answerer(
     made_by = provenance(recipe, run_dir, name)
     def answer(prompts, temperatures=0.0, max_new_tokens=recipe.benchmark_tokens):
         temperatures = np.broadcast_to(np.asarray(temperatures, np.float32), len(prompts))
-        def own(asked, rows): # pairs of a prompt and its temperature
+        def own(asked, rows, log=log): # pairs of a prompt and its temperature
             adapter = contextlib.nullcontext() if name == "tuned" else model.disable_adapter()
             with adapter:
                 return generate(model, tokenizer, [p for p, _ in asked], max_new_tokens,
@@ -295,12 +295,13 @@ def make_answerer(
             rows, asked = gather_rows(path), list(zip(prompts, temperatures))
             if cards and cards.number > 1:
                 keys = answer_keys(prompts, temperatures, max_new_tokens, recipe.seed, made_by)
-                new = [pair for key, pair in dict(zip(keys, asked)).items()
-                       if key not in rows or not kept_answer(rows[key])]
-                sizes = [len(ids) for ids in
-                         encode_prompts(model, tokenizer, [p for p, _ in new], max_new_tokens)]
-                if new: cards.map(lambda part: own(part, rows), "dolly_lora.generate:answer_share",
-                                  new, sizes, name, max_new_tokens, path)
+                encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
+                new = {key: (pair, len(ids)) for key, pair, ids in zip(keys, asked, encoded)
+                       if key not in rows or not kept_answer(rows[key])}
+                pairs, sizes = [pair for pair, _ in new.values()], [n for _, n in new.values()]
+                cards.map(lambda part: own(part, rows, cards.first_card(log)),
+                          "dolly_lora.generate:answer_share", pairs, sizes, name, max_new_tokens,
+                          path)
                 rows = gather_rows(path)
             return own(asked, rows)
     return answer

@@ -117,7 +117,9 @@ def ask_new(
 
 # %% ../nbs/03b_judge.ipynb #90035eb0
 @functools.cache
-def _judge_here(recipe, run_dir): return make_judge(recipe, *loaded_run(recipe, run_dir))
+def _judge_here(recipe, run_dir):
+    same = judge_recipe(recipe) is recipe  # the run's base judges
+    return make_judge(recipe, *(loaded_run(recipe, run_dir) if same else ()))
 
 def judge_share(
     recipe: Recipe, run_dir: Path, # of the run
@@ -147,7 +149,7 @@ def ask(
     if cards is None: replies = ask_new(judge, new, cache, log)
     else:
         sizes = [sum(len(text) for _, text in question.messages) for question in new]
-        replies = cards.map(lambda part: ask_new(judge, part, cache, log),
+        replies = cards.map(lambda part: ask_new(judge, part, cache, cards.first_card(log)),
                             "dolly_lora.judge:judge_share", new, sizes, path)
         gather_rows(path)
     failed = [reply for reply in replies if reply.error]

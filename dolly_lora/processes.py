@@ -12,7 +12,8 @@ from .config import ConfigError, DollyError, Recipe, short_path
 from .runs import load_run
 
 # %% auto #0
-__all__ = ['count_processes', 'end_with_notebook', 'main', 'launch_command', 'end_workers', 'why_they_died', 'run_workers']
+__all__ = ['TRAINING', 'count_processes', 'end_with_notebook', 'main', 'launch_command', 'end_workers', 'why_they_died',
+           'run_workers']
 
 # %% ../nbs/02j_processes.ipynb #2d70ec4d
 def count_processes(
@@ -34,10 +35,12 @@ def end_with_notebook():
     os._exit(1)
 
 # %% ../nbs/02j_processes.ipynb #cab557b7
+TRAINING = "dolly_lora.train:train"
+
 def main(): # python -m dolly_lora.processes RUN_DIR [MODULE:FUNCTION], by a launcher
     "Train, or do another work, as one of several processes."
     run_dir, first = Path(sys.argv[1]), os.environ.get("RANK", "0") == "0"
-    work = pkgutil.resolve_name((sys.argv[2:] or ["dolly_lora.train:train"])[0])
+    work = pkgutil.resolve_name((sys.argv[2:] or [TRAINING])[0])
     if "DOLLY_LORA_WATCH" in os.environ:  # a notebook's, see `run_workers`
         threading.Thread(target=end_with_notebook, daemon=True).start()
 
@@ -88,7 +91,7 @@ def run_workers(
     processes: int,
     run_dir: Path, # of a run, with its recipe and its data
     log,           # gets the first process's lines
-    work: str = "dolly_lora.train:train", # what each of them does, see `launch_command`
+    work: str = TRAINING, # what each of them does, see `launch_command`
 ): # `DollyError` when one of them dies
     "Work in several processes, and wait for them."
     gc.collect()
@@ -110,8 +113,9 @@ def run_workers(
     said = written.read_text()
     own = re.search(r"^dolly-lora: (.*)", said, re.M)  # what is wrong, and its remedy
     if own: raise DollyError(own[1])
+    goes_on = ", it goes on from the last checkpoint" if work == TRAINING else ""
     raise DollyError(f"{why_they_died(said)}; see {short_path(written)}; "
-                     f"run the same again, it goes on from the last checkpoint")
+                     f"run the same again{goes_on}")
 
 # %% ../nbs/02j_processes.ipynb #d39a3a72
 if __name__ == "__main__" and "RANK" in os.environ: main()  # started by the launcher

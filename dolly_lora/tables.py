@@ -315,17 +315,25 @@ def cards_compared(
 # %% ../nbs/05b_tables.ipynb #05b00028
 def _gib(row): return f"{row['peak_gib']:.1f}" if row["peak_gib"] else ""
 
+def _of_one_card(bench, field, *work): # rows with the field, by what `work` names
+    ways, several = {}, set()
+    for row in bench:
+        if field not in row: continue
+        row = dict(batch_size=16) | row
+        key = tuple(row.get(name) for name in work)
+        if row.get("gpus", 1) > 1: several.add(key)
+        else: ways.setdefault(key, {}).setdefault(row["name"], row)
+    # a single way that was measured for the comparison with several cards stands there
+    return {key: list(found.values()) for key, found in ways.items()
+            if len(found) > 1 or key not in several}
+
 def measured_steps(
     bench: list[dict], # rows of bench.jsonl
 ) -> list[dict]: # per base model: first, best, speedup, others, waiting (%), rows, measured, figure
     "The ways to do a training step, base model by base model."
-    by_base, beside = {}, [alone for alone, _ in cards_compared(bench)]
-    for row in bench:
-        # what was measured for the comparison of one card with several stands there
-        if "s_per_step" not in row or row.get("gpus", 1) > 1 or row in beside: continue
-        by_base.setdefault(row["base"], []).append(dict(batch_size=16) | row)
+    ways = _of_one_card(bench, "s_per_step", "base", "batch_size")
     steps = []
-    for base, measured in by_base.items():
+    for (base, size), measured in ways.items():
         first, best = measured[0], min(measured, key=lambda row: row["s_per_step"])
         rows = [[b["name"], number(b["s_per_step"], 3), round(b["tok_per_s"]), _gib(b),
                  f"{b['model_flops_utilisation']:.0%}", f"{b['full_recipe_min']:.1f} min"]
@@ -337,16 +345,17 @@ def measured_steps(
         steps.append(dict(first=first, best=best, rows=rows, measured=measured,
                           others=others, waiting=waiting,
                           speedup=first["s_per_step"] / best["s_per_step"],
-                          figure="ablation_" + re.sub(r"\W+", "_", base)))
+                          figure="ablation_" + re.sub(r"\W+", "_", base)
+                                 + (f"_{size}" if size != 16 else "")))
     return steps
 
 def writing_rows(
     bench: list[dict], # rows of bench.jsonl
 ) -> list[list]: # way, prompts at a time, seconds, new tokens/s, peak GiB
     "The ways to write the same answers."
-    beside = [alone for alone, _ in cards_compared(bench)]
+    ways = _of_one_card(bench, "new_tokens", "base", "prompts", "new_tokens")
     return [[b["name"], b["slots"], number(b["seconds"], 2), round(b["tok_per_s"]), _gib(b)]
-            for b in bench if "new_tokens" in b and b.get("gpus", 1) == 1 and b not in beside]
+            for measured in ways.values() for b in measured]
 
 def scaling_rows(
     bench: list[dict], # rows of bench.jsonl

@@ -70,6 +70,11 @@ def test_three_cards_say_what_one_says(tiny_run, loaded, run, three):
     replies = ask(judge, PAIRS, run / "replies.jsonl")
     for a, b in zip(replies, ask(other, PAIRS, alone / "replies.jsonl")):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    # fewer than there are cards
+    two = contender_losses(*loaded, records[:2], RECIPE, "tuned", three)
+    np.testing.assert_allclose(two, contender_losses(*loaded, records[:2], RECIPE, "tuned"),
+                               rtol=1e-5)
+    assert contender_losses(*loaded, records[:0], RECIPE, "tuned", three).size == 0
     # all of it lies where one process would have put it
     for name, rows in ("answers/tuned", 12), ("answers/base", 12), ("replies", 9):
         assert len(JsonlCache(run / f"{name}.jsonl").rows) == rows
@@ -168,6 +173,13 @@ def test_dealing_is_whole_and_even(n, hands):
     assert max(counts) - min(counts) <= 1
     loads = [sum(sizes[i] for i in hand) for hand in dealt]
     assert max(loads) - min(loads) <= max(sizes, default=0)
+
+
+def test_a_row_that_was_made_again_replaces_one_that_could_not_be_used(tmp_path):
+    path = tmp_path / "base.jsonl"
+    JsonlCache(path).add("key", dict(error="HTTP 503"))
+    JsonlCache(card_file(path, 1)).add("key", dict(text="One."))
+    assert gather_rows(path)["key"] == JsonlCache(path)["key"] == dict(text="One.")
 
 
 def test_rows_are_gathered_once(tmp_path):

@@ -15,7 +15,7 @@ from dolly_lora.config import MODEL_NAMES, PRESETS, DollyError, sample_path
 from dolly_lora.files import write_json
 from dolly_lora.results import Judgment, from_json
 from dolly_lora.tables import cards_compared, judge_facts, measured_steps, official_prompts
-from dolly_lora.tables import scaling_rows
+from dolly_lora.tables import scaling_rows, writing_rows
 from dolly_lora.verdicts import judge_slug
 from dolly_lora.report import (
     collect,
@@ -882,9 +882,27 @@ def test_several_cards_stand_beside_one_and_not_among_the_ways(tmp_path):
         assert alone.get("gpus", 1) == 1 < shared["gpus"] == row[1]
         time = "seconds" if "new_tokens" in shared else "s_per_step"
         assert row[4] == f"{alone[time] / shared[time]:.2f}"
-    for steps in measured_steps(lines):
-        assert not {json.dumps(b) for b in steps["measured"]} & {
-            json.dumps(dict(batch_size=16) | b) for pair in compared for b in pair}
+    ways = {steps["figure"]: [b["name"] for b in steps["measured"]]
+            for steps in measured_steps(lines)}
+    assert ways["ablation_random_7b"] == ["stock", "padding-free", "by hand", "weights kept",
+                                          "speed", "frugal"]
+    assert "ablation_random_7b_64" not in ways  # it has no other way
     assert scaling_rows(lines[:5]) == []
     other = compared[0][1] | dict(batch_size=99)  # nothing of the kind was measured on one card
     assert cards_compared([compared[0][0], other]) == []
+
+
+def test_peers_and_several_cards_may_be_measured_by_one_command():
+    row = dict(model="toy", base="toy", tok_per_s=1.0, peak_gib=None, floor_s=0.1, slots=1,
+               model_flops_utilisation=0.5, full_recipe_min=1.0)
+    bench = [row | dict(name="stock", s_per_step=4.0), row | dict(name="speed", s_per_step=2.0),
+             row | dict(name="speed", s_per_step=1.0, gpus=2)]
+    steps, = measured_steps(bench)
+    assert [b["name"] for b in steps["measured"]] == ["stock", "speed"] and steps["speedup"] == 2.0
+    assert scaling_rows(bench[:0]) == [] and scaling_rows(
+        [b | dict(batch_size=16) for b in bench])[0][4] == "2.00"
+    made = dict(prompts=4, new_tokens=8, seconds=2.0)
+    bench = [row | made | dict(name=name, gpus=gpus)
+             for name, gpus in (("transformers", 1), ("dolly_lora", 1), ("dolly_lora", 2))]
+    assert [r[0] for r in writing_rows(bench)] == ["transformers", "dolly_lora"]
+    assert writing_rows(bench[1:]) == []
