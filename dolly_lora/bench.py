@@ -337,7 +337,7 @@ def measure_shared(
 ) -> dict: # the first process's row, as from `measure_step`
     "Measure the recipe's method to do a step, shared by several processes."
     memory_left_behind()
-    folder = Path(tempfile.mkdtemp(prefix="dolly_lora_"))  # stays when a worker dies: it has its log
+    folder = Path(tempfile.mkdtemp())  # stays when a worker dies: it has its log
     start_run(recipe, folder)
     write_json(folder / "bench.json", dict(steps=steps, rate=rate))
     run_workers(processes, folder, lambda line: None, "dolly_lora.bench:measure_share")
@@ -478,7 +478,7 @@ def bench_generate(
     for peer in peers:
         if peer != "transformers":
             raise ConfigError(f"no way {peer!r} to write answers{suggest(peer, ['transformers'])}")
-    folder = Path(tempfile.mkdtemp(prefix="dolly_lora_"))  # stays when a helper dies: it has its log
+    folder = Path(tempfile.mkdtemp())  # stays when a helper dies: it has its log
     cards = Cards(recipe, folder)
     model, endless = _endless_base(recipe)
     encoded = bench_prompts(recipe, bench_tokenizer(recipe), prompts)

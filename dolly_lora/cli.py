@@ -658,7 +658,8 @@ def bench_options(p): # `p`: an argparse parser
     p.add_argument("--steps", type=int, default=20, help="measured for each way (default 20)")
     p.add_argument("--generate", action="store_true",
                    help="measure answers instead (--peer transformers: its, too)")
-    p.add_argument("--prompts", type=int, default=128, help="to answer with --generate (default 128)")
+    p.add_argument("--prompts", type=int, default=128,
+                   help="to answer with --generate (default 128)")
     p.add_argument("--new-tokens", type=int, default=128, 
                    help="for each of these prompts (default 128)")
     p.add_argument("--gpus", type=int, default=1, metavar="N",
