@@ -6,7 +6,6 @@
 from __future__ import annotations
 import functools, gc, itertools, re, shutil, tempfile, time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -496,8 +495,8 @@ def bench_generate(
 
     def write(decode, slots, part, n): return write_all(decode, slots, model, endless, part, n)
 
-    if peers: measure("transformers", 1, 64, partial(write, generate_plain, 64, encoded))
-    measure("dolly_lora", 1, SLOTS, partial(write, decode_all, SLOTS, encoded))
+    if peers: measure("transformers", 1, 64, functools.partial(write, generate_plain, 64, encoded))
+    measure("dolly_lora", 1, SLOTS, functools.partial(write, decode_all, SLOTS, encoded))
     if cards.number > 1:
         measure("dolly_lora", cards.number, SLOTS, lambda n: cards.map(
             lambda part: write(decode_all, SLOTS, part, n), "dolly_lora.bench:write_share",

@@ -16,7 +16,7 @@ from .generate import encode_in_template
 from .results import LossDifference
 
 # %% auto #0
-__all__ = ['drop_long_prompts', 'answer_test', 'losses_share', 'token_losses', 'contender_losses', 'mean_loss', 'loss_difference',
+__all__ = ['drop_long_prompts', 'answer_test', 'token_losses', 'losses_share', 'contender_losses', 'mean_loss', 'loss_difference',
            'rouge_l', 'answer_metrics', 'overlap']
 
 # %% ../nbs/03_eval.ipynb #03e004
@@ -45,15 +45,6 @@ def answer_test(
     return [dict(instruction=r["instruction"], context=r["context"], category=r["category"],
                  reference=r["response"], output=a.text, n_tokens=a.n_tokens, finished=a.finished)
             for r, a in zip(rows, answers)]
-
-# %% ../nbs/03_eval.ipynb #248276f7
-def losses_share(
-    recipe: Recipe, run_dir: Path, # of the run
-    rows: list[dict],              # records
-    name: str,                     # a key of `CONTENDERS`
-) -> np.ndarray:
-    "What a helper of `Cards` does for `contender_losses`."
-    return contender_losses(*loaded_run(recipe, run_dir), rows, recipe, name)
 
 # %% ../nbs/03_eval.ipynb #i0676716
 @torch.inference_mode()
@@ -92,6 +83,16 @@ def token_losses(
             log(f"{start + len(batch):,} of {len(rows):,} records read")
     return out
 
+# %% ../nbs/03_eval.ipynb #248276f7
+def losses_share(
+    recipe: Recipe, run_dir: Path, # of the run
+    rows: list[dict],              # records
+    name: str,                     # a key of `CONTENDERS`
+) -> np.ndarray:
+    "What a helper of `Cards` does for `contender_losses`."
+    return contender_losses(*loaded_run(recipe, run_dir), rows, recipe, name)
+
+# %% ../nbs/03_eval.ipynb #e976dbe7
 def contender_losses(
     model, tokenizer,  # from `load_tuned` and `load_tokenizer`
     rows: list[dict],  # records
