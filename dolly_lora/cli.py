@@ -660,7 +660,7 @@ def bench_options(p): # `p`: an argparse parser
                    help="measure answers instead (--peer transformers: its, too)")
     p.add_argument("--prompts", type=int, default=128,
                    help="to answer with --generate (default 128)")
-    p.add_argument("--new-tokens", type=int, default=128, 
+    p.add_argument("--new-tokens", type=int, default=128,
                    help="for each of these prompts (default 128)")
     p.add_argument("--gpus", type=int, default=1, metavar="N",
                    help="measure a second time, shared by N cards; 0: all there are (default 1)")

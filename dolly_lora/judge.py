@@ -102,7 +102,7 @@ def ask_new(
     log=lambda line: None,     # gets a line every ten seconds
 ) -> list[Reply]: # one for each question; one with `error` where there is none
     "Ask, and keep each reply as it comes."
-    replies, last_line = [Reply()] * len(questions), time.time()
+    replies, last_line = [Reply(error="no reply")] * len(questions), time.time()
     for done, (number, reply) in enumerate(judge(questions), 1):
         if not reply.error and reply.is_empty():
             reply = Reply(error="an empty reply")
