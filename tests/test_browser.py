@@ -200,28 +200,30 @@ class Scripted(LlamaForCausalLM):
     "Says what it is told to, token by token, and takes its time."
     def forward(self, input_ids=None, **kwargs):
         out = super().forward(input_ids=input_ids, **kwargs)
+        off = self.model.layers[0].self_attn.q_proj.disable_adapters
         if input_ids.shape[1] > 1:  # a prompt: a new answer begins
-            self.begin(tokenizer.decode(input_ids[0]))
+            self.begin(off, tokenizer.decode(input_ids[0]))
         else:
             time.sleep(0.02)
-        token = next(self.script, None)
+        token = next(self.scripts[off], None)
         if self.fails and token is None:
             raise RuntimeError("the <b>kernel</b> was lost")
         out.logits[:] = -100.0
         out.logits[..., tokenizer.eos_token_id if token is None else token] = 100.0
         return out
 
-    def begin(self, prompt):
+    def begin(self, off, prompt):
         question = prompt.rsplit("### Instruction:\n", 1)[1].rsplit("\n\n### Response:", 1)[0]
-        off = self.model.layers[0].self_attn.q_proj.disable_adapters
         text = f"{'base' if off else 'tuned'} heard: {question}"
         if question == "count":
             text = " ".join(map(str, range(1, 100)))
-        self.script = iter(tokenizer(text).input_ids)
+        self.scripts[off] = iter(tokenizer(text).input_ids)
         self.fails = question == "fail"
 
 small = tiny_model()
 small.__class__ = Scripted
+small.scripts = {}
+small.config.model_type = "scripted"  # transformers answers for it
 model = add_lora(small, PRESETS["tiny"]).eval()
 '''
 WINDOW = """

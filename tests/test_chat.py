@@ -6,8 +6,10 @@ import time
 import pytest
 
 from dolly_lora.config import DollyError, PRESETS
-from dolly_lora.conversation import Chat, Turn, fit_prompt, stream_answer
+from dolly_lora.conversation import (
+    Chat, DecoderWriter, fit_prompt, make_writer, PlainWriter, stream_answers, Turn)
 from dolly_lora.data import build_prompt
+from dolly_lora.engine.decoder import choose, uniform_draws
 from dolly_lora.models import add_lora, tiny_model, tiny_tokenizer
 
 
@@ -48,7 +50,7 @@ def slowed(model, seconds=0.05, fail_at=None):
         if count[0] == fail_at:
             raise RuntimeError("kernel lost <b>here</b>")
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner.register_forward_pre_hook(hook)
+    return inner.model.rotary_emb.register_forward_pre_hook(hook)  # once a pass, in either writer
 
 
 def chat(model, tokenizer, **kwargs):
@@ -81,7 +83,7 @@ def test_base_of_a_comparison_is_the_model_without_any_adapter(model, tokenizer)
     tuned = plain_ids(model, tokenizer, "Name a prime.")
     talk = chat(model, tokenizer)
     who = [name for name, _ in talk.compare("Name a prime.")]
-    assert who == sorted(who) and set(who) == {"base", "tuned"}       # first one, then the other
+    assert set(who[2:5]) == set(who[-3:]) == {"base", "tuned"}        # both grow at once
     assert talk.last.beside.ids == base
     assert talk.last.ids == tuned != base
     assert len(talk.history) == 1 and talk.last.which == "tuned"
@@ -115,15 +117,93 @@ def test_plain_base_model_without_adapter(tokenizer):
     assert len(talk.history) == 1
 
 
-def test_an_answer_is_that_of_generate_whatever_way_it_comes(model, tokenizer):
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_an_answer_is_that_of_generate_whatever_way_it_comes(model, tokenizer, temperature):
     from dolly_lora.generate import generate
     prompt = build_prompt("Name a colour.")
-    settings = dict(seed=42, temperature=0.0, top_p=1.0, max_new_tokens=12, system="")
-    (expected,) = generate(model, tokenizer, [prompt], 12)
+    settings = dict(seed=42, temperature=temperature, top_p=1.0, max_new_tokens=12, system="")
+    (expected,) = generate(model, tokenizer, [prompt], 12, temperature=temperature)
     turn = Turn("Name a colour.", "tuned", settings)
-    *_, last = stream_answer(model, tokenizer, prompt, turn, threading.Event())
-    assert turn.answer == last == expected.text
+    *_, last = stream_answers(model, tokenizer, 400, prompt, [turn], threading.Event())
+    assert last == ("tuned", expected.text) and turn.answer == expected.text
     assert len(turn.ids) == expected.n_tokens
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (0.9, 1.0), (0.9, 0.6)])
+def test_both_writers_write_the_same(model, tokenizer, temperature, top_p):
+    ids = tokenizer(build_prompt("Name a prime.")).input_ids
+    draws = uniform_draws("a prompt", 3, 24)
+    answers = []
+    for writer in PlainWriter(model, tokenizer), DecoderWriter(model, tokenizer, 300):
+        writer.begin(["base", "tuned"], ids, draws, temperature, top_p)
+        while writer.at_work:
+            writer.step()
+        answers.append(writer.ids)
+    assert answers[0] == answers[1]
+    assert answers[0]["base"] != answers[0]["tuned"]
+
+
+def test_top_p_is_that_of_transformers(tokenizer):
+    import torch
+    from transformers import TopPLogitsWarper
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * 3
+    u, one = torch.linspace(0, 1, 50), torch.ones(50)
+    for top_p in 0.1, 0.5, 0.95:
+        kept = TopPLogitsWarper(top_p)(None, logits.clone())
+        assert torch.equal(choose(logits, one, u, one * top_p), choose(kept, one, u))
+
+
+# What is read
+
+def test_only_what_is_new_is_read(model, tokenizer):
+    talk = chat(model, tokenizer)
+    writer = make_writer(model, tokenizer, talk.max_tokens)
+    def tokens(text):
+        return len(tokenizer(text).input_ids)
+    talk.ask("Name a prime, and say why it is one, in a few words at least.")
+    first = writer.read
+    assert first == tokens(build_prompt(talk.last.question))
+    talk.ask("Why?")
+    pair = [(talk.history[0].question, talk.history[0].answer)]
+    assert writer.read <= tokens(fit_prompt(tokenizer, pair, "Why?", 10_000)[0]) - first
+    answer = talk.last.ids
+    talk.undo()
+    talk.ask("Why?")                                        # all but its last token is there
+    assert writer.read <= 2 and talk.last.ids == answer
+    talk.which = "base"
+    talk.ask("And?")                                        # the base has read nothing yet
+    assert writer.read > first
+
+
+def test_reading_on_gives_what_reading_all_gives(model, tokenizer):
+    talk, fresh = chat(model, tokenizer), chat(model, tokenizer)
+    for text in "One", "Two", "Three":
+        talk.ask(text)
+    fresh.history = talk.history[:2]
+    del vars(model)["_writer"]
+    fresh.ask("Three")
+    assert fresh.last.ids == talk.last.ids
+
+
+def test_an_answer_ends_where_the_next_instruction_begins(model, tokenizer, monkeypatch):
+    script = iter(tokenizer("Blue.\n\n### Instruction:\nName a prime.").input_ids)
+    def next_token(logits, *_):
+        return logits.new_full(logits.shape[:1], next(script)).long()
+    monkeypatch.setattr("dolly_lora.engine.decoder.choose", next_token)
+    talk = chat(model, tokenizer, max_new_tokens=200)
+    assert talk.ask("Name a colour.") == "Blue."
+    assert talk.last.asked_itself and not talk.last.stopped
+    assert "went on to ask itself" in talk.last.note
+    assert next(script, None) is not None                   # no token more than it takes to see it
+
+
+def test_a_model_that_no_decoder_knows_is_answered_for_by_transformers(model, tokenizer):
+    model.config.model_type = "other"
+    talk = chat(model, tokenizer)
+    talk.ask("Name a prime.")
+    assert isinstance(vars(model)["_writer"], PlainWriter)
+    model.config.model_type = "llama"
+    assert talk.last.ids == plain_ids(model, tokenizer, "Name a prime.")
 
 
 # Threads

@@ -65,12 +65,17 @@ def test_mixed_temperatures_and_adapters_too():
 KERNEL = """
 import torch
 from dolly_lora.engine.decoder import _attend_cached_triton, attend_cached
-for heads, key_heads, size in ((6, 2, 16), (4, 4, 64), (9, 3, 64)):
-    q, (k, v) = torch.randn(3, heads, size), torch.randn(2, 3, key_heads, 100, size)
-    lengths = torch.tensor([1, 70, 100])
-    ours = _attend_cached_triton(q, k, v, lengths, 100)
-    right = attend_cached(q, k, v, lengths, 100)
-    torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
+for slots, heads, key_heads, size, capacity in (
+        (3, 6, 2, 16, 100), (3, 4, 4, 64, 100), (3, 9, 3, 64, 300), (70, 4, 4, 32, 200)):
+    new = torch.randn(slots, heads + 2 * key_heads, size).split([heads, key_heads, key_heads], 1)
+    cache = torch.randn(2, slots, key_heads, capacity, size)
+    lengths, active = torch.randint(0, capacity, (slots,)), torch.rand(slots) < 0.8
+    lengths[:2], active[:3] = torch.tensor([0, capacity - 1]), torch.tensor([True, True, False])
+    ours, theirs = cache.clone(), cache.clone()
+    out = _attend_cached_triton(*new, ours, lengths, active, capacity)
+    right = attend_cached(*new, theirs, lengths, active, capacity)
+    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(out[active], right[active], rtol=1e-4, atol=1e-5)
     print("equal")
 """
 
@@ -80,7 +85,7 @@ def test_the_kernel_equals_its_formula_in_the_interpreter():
     env = os.environ | dict(TRITON_INTERPRET="1", PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
     done = subprocess.run([sys.executable, "-c", KERNEL], env=env, cwd=ROOT, capture_output=True,
                           text=True, timeout=120)
-    assert done.stdout.split() == ["equal"] * 3, done.stderr[-2000:]
+    assert done.stdout.split() == ["equal"] * 4, done.stderr[-2000:]
 
 
 JOB = """

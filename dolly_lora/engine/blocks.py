@@ -67,6 +67,7 @@ class LoRAGroup:
         self.shape = sum(self.sizes), self.base[0].in_features  # outputs of all, inputs
         self.quantised = hasattr(self.base[0].weight, "quant_state")
         self.held = None  # the whole weight, once it is held
+        self.share = None # [tokens, 1], multiplies the adapters' part of each token; None: it is 1
         self.A, self.B = [], []
         if hasattr(layers[0], "lora_A") and not layers[0].disable_adapters:
             name = layers[0].active_adapters[0]
@@ -136,6 +137,7 @@ def group_forward(
     if seed is not None and group.dropout:
         drop = Dropout(seed, group.linear_index, len(group.layers), group.dropout, batch)
     h = group.ops.lora_down(x, group.a, group.scale, drop)
+    if group.share is not None: h = h * group.share
     group.ops.lora_up_(y, h, group.b, sizes=group.sizes)
     return y, LoRAActivations(h, drop)
 

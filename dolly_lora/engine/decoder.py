@@ -20,58 +20,124 @@ from ..hardware import free_memory
 from ..models import base_model, head_dim
 
 # %% auto #0
-__all__ = ['attend_cached', 'choose', 'uniform_draws', 'Decoder', 'in_batches', 'SlotPlan', 'plan_slots', 'decode_all']
+__all__ = ['attend_cached', 'attend_end', 'choose', 'uniform_draws', 'Decoder', 'in_batches', 'SlotPlan', 'plan_slots',
+           'decode_all']
 
 # %% ../../nbs/03f_decoder.ipynb #03a015
 def attend_cached(
     q: torch.Tensor, # [slots, heads, head_dim]: one new token a slot
-    k: torch.Tensor, # [slots, key heads, capacity, head_dim]; heads is a multiple of key heads
-    v: torch.Tensor, # like k
-    kv_lengths: torch.Tensor, # int64 [slots]: tokens of the cache that count, the new one included
-    span: int,       # none of `kv_lengths` is larger
+    k: torch.Tensor, # its key [slots, key heads, head_dim]; heads is a multiple of key heads
+    v: torch.Tensor, # its value, like k
+    cache: torch.Tensor, # [2 (keys, values), slots, key heads, capacity, head_dim]; gets k and v
+    kv_lengths: torch.Tensor, # int64 [slots]: tokens in each slot's cache, the new one not counted
+    active: torch.Tensor,     # bool [slots]: for which slots is the result used?
+    span: int,       # all of `kv_lengths` are smaller
 ) -> torch.Tensor: # [slots, heads, head_dim]
-    "Attention of one token a slot to the slot's cache."
-    mask = torch.arange(span, device=q.device)[None] < kv_lengths[:, None]
-    out = F.scaled_dot_product_attention(q[:, :, None], k[:, :, :span], v[:, :, :span],
-                                         attn_mask=mask[:, None, None],
+    "Attention of one token a slot to the slot's cache and to itself."
+    slot = torch.arange(len(q), device=q.device)
+    for part, new in zip(cache, (k, v)): part[slot, :, kv_lengths] = new
+    mask = torch.arange(span, device=q.device)[None] <= kv_lengths[:, None]
+    keys, values = cache[:, :, :, :span]
+    out = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask[:, None, None],
                                          enable_gqa=q.shape[1] != k.shape[1])
     return out[:, :, 0]
 
+# %% ../../nbs/03f_decoder.ipynb #bf9b0850
+def attend_end(
+    q: torch.Tensor, # [new tokens, heads, head_dim]: the last ones of a text
+    k: torch.Tensor, # [key heads, tokens, head_dim]: of the whole text
+    v: torch.Tensor, # like k
+    position_ids: torch.Tensor, # int64 [new tokens]: where in the text they are
+) -> torch.Tensor: # [new tokens, heads, head_dim]
+    "Causal attention of the end of a text to the whole of it."
+    mask = torch.arange(k.shape[1], device=q.device)[None] <= position_ids[:, None]
+    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask,
+                                         enable_gqa=q.shape[1] != k.shape[0])
+    return out[0].transpose(0, 1)
+
 # %% ../../nbs/03f_decoder.ipynb #i6606593
 @jit
-def _cached(q, k, v, out, kv_lengths, scale, S, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
-            BG: tl.constexpr, BL: tl.constexpr):
-    row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+def _cached(q, new_k, new_v, cache, out, kv_lengths, active, scale, sq, sk, sv, S, C, values_at,
+            D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr,
+            BL: tl.constexpr, PIECES: tl.constexpr):
+    row, head, heads, piece = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     d, g, l = tl.arange(0, BD), tl.arange(0, BG), tl.arange(0, BL)
-    here, n = (row * heads + head).to(tl.int64), tl.load(kv_lengths + row)
-    at = (here * G + g[:, None]) * D + d[None]
+    here, own = (row * heads + head).to(tl.int64), piece == 0
+    there = tl.load(kv_lengths + row)
+    n = tl.where(tl.load(active + row) != 0, there, 0)  # what nobody reads costs nothing
     fits = (g[:, None] < G) & (d[None] < D)
-    query = tl.load(q + at, mask=fits, other=0.0).to(tl.float32) * scale
-    best, total = tl.full((BG,), -float("inf"), tl.float32), tl.zeros((BG,), tl.float32)
-    sum_ = tl.zeros((BG, BD), tl.float32)
-    for start in range(0, n, BL):
-        place = (here * S + start + l[:, None]) * D + d[None]
-        inside = (start + l[:, None] < n) & (d[None] < D)
-        keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(v + place, mask=inside, other=0.0).to(tl.float32)
-        scores = tl.where(start + l[None] < n, tl.sum(query[:, None, :] * keys[None, :, :], 2),
-                          -float("inf"))
+    query = tl.load(q + row * sq + (head * G + g[:, None]) * D + d[None], fits, 0.0)
+    key = tl.load(new_k + row * sk + head * D + d, d < D, 0.0)
+    value = tl.load(new_v + row * sv + head * D + d, d < D, 0.0)
+    place = cache + (here * S + there) * D + d
+    tl.store(place, key, (d < D) & own)
+    tl.store(place + values_at, value, (d < D) & own)
+    score = tl.sum(query.to(tl.float32) * key[None].to(tl.float32), 1) * scale
+    best = tl.where(own, score, -float("inf"))
+    total = tl.where(own, 1.0, 0.0) + tl.zeros((BG,), tl.float32)
+    sum_ = tl.where(own, value[None].to(tl.float32), 0.0) + tl.zeros((BG, BD), tl.float32)
+    first = piece * C
+    end = tl.minimum(n, first + C)
+    for start in range(first, end, BL):
+        at = start + l
+        inside = at < end
+        row_at = (here * S + at) * D
+        keys = tl.load(cache + row_at[None] + d[:, None], inside[None] & (d[:, None] < D), 0.0)
+        values = tl.load(cache + values_at + row_at[:, None] + d[None],
+                         inside[:, None] & (d[None] < D), 0.0)
+        scores = tl.dot(query, keys, input_precision="ieee") * scale
+        scores = tl.where(inside[None], scores, -float("inf"))
         higher = tl.maximum(best, tl.max(scores, 1))
         weight, shrink = tl.exp(scores - higher[:, None]), tl.exp(best - higher)
         total = total * shrink + tl.sum(weight, 1)
-        sum_, best = (sum_ * shrink[:, None] + tl.sum(weight[:, :, None] * values[None, :, :], 1),
-                      higher)
-    tl.store(out + at, (sum_ / total[:, None]).to(out.dtype.element_ty), mask=fits)
+        sum_ = tl.dot(weight.to(values.dtype), values, sum_ * shrink[:, None],
+                      input_precision="ieee")
+        best = higher
+    if PIECES == 1:
+        to = out + (here * G + g[:, None]) * D + d[None]
+        tl.store(to, (sum_ / total[:, None]).to(out.dtype.element_ty), fits)
+    else:
+        used = own | (first < n)
+        line = ((here * G + g) * PIECES + piece) * (D + 2)
+        tl.store(out + line[:, None] + d[None], sum_, fits & used)
+        tl.store(out + line + D, best, (g < G) & used)
+        tl.store(out + line + D + 1, total, (g < G) & used)
 
 # %% ../../nbs/03f_decoder.ipynb #i6606519
-def _attend_cached_triton(q, k, v, kv_lengths, span):
+@jit
+def _join(parts, out, kv_lengths, active, C, D: tl.constexpr, BD: tl.constexpr,
+          PIECES: tl.constexpr, BP: tl.constexpr):
+    row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    d, p, here = tl.arange(0, BD), tl.arange(0, BP), (row * heads + head).to(tl.int64)
+    n = tl.where(tl.load(active + row) != 0, tl.load(kv_lengths + row), 0)
+    used = (p == 0) | (p * C < n)
+    line = parts + (here * PIECES + p) * (D + 2)
+    best, total = tl.load(line + D, used, -float("inf")), tl.load(line + D + 1, used, 0.0)
+    sums = tl.load(line[:, None] + d[None], used[:, None] & (d[None] < D), 0.0)
+    weight = tl.exp(best - tl.max(best, 0))
+    joined = tl.sum(sums * weight[:, None], 0) / tl.sum(total * weight, 0)
+    tl.store(out + here * D + d, joined.to(out.dtype.element_ty), d < D)
+
+def _attend_cached_triton(q, k, v, cache, kv_lengths, active, span):
     slots, heads, size = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    q = q.contiguous()
-    group = heads // k.shape[1]  # queries that share a key
-    _cached[(slots, k.shape[1])](q, k, v, out, kv_lengths, size**-0.5, k.shape[2], size, group,
-                                 next_power_of_2(size), next_power_of_2(group),
-                                 64 if group == 1 else 32)
+    key_heads, capacity = cache.shape[2:4]
+    group = heads // key_heads  # queries that share a key
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    pieces, piece = 1, capacity
+    if slots * key_heads < 256:
+        piece = max(128, -(-capacity // 32))
+        pieces = -(-capacity // piece)
+    parts = out
+    if pieces > 1:
+        parts = torch.empty(slots, heads, pieces, size + 2, dtype=torch.float32, device=q.device)
+    block = max(16, next_power_of_2(size))
+    _cached[(slots, key_heads, pieces)](
+        q, k, v, cache, parts, kv_lengths, active, size**-0.5, q.stride(0), k.stride(0),
+        v.stride(0), capacity, piece, cache.stride(0), size, group, block,
+        max(16, next_power_of_2(group)), 32, pieces, num_warps=2, num_stages=3)
+    if pieces > 1:
+        _join[(slots, heads)](parts, out, kv_lengths, active, piece, size, block, pieces,
+                              next_power_of_2(pieces))
     return out
 
 # %% ../../nbs/03f_decoder.ipynb #03a009
@@ -79,10 +145,17 @@ def choose(
     logits: torch.Tensor,      # [answers, vocabulary]
     temperature: torch.Tensor, # float32 [answers]; 0: the most likely token
     u: torch.Tensor,           # float32 [answers], from 0 to 1
+    top_p: torch.Tensor | None = None, # float32 [answers]: share of the probability to draw from
 ) -> torch.Tensor: # int64 [answers]
     "The next token of every answer."
     likely = logits.argmax(-1)
-    summed = (logits.float() / temperature.clamp(min=1e-3)[:, None]).softmax(-1).cumsum(-1)
+    p = (logits.float() / temperature.clamp(min=1e-3)[:, None]).softmax(-1)
+    if top_p is not None:
+        ordered = p.sort(-1, descending=True).values
+        before = ordered.cumsum(-1) - ordered  # the probability of all that are likelier
+        kept = (before < top_p[:, None]).sum(-1, keepdim=True).clamp(min=1)
+        p = torch.where(p >= ordered.gather(1, kept - 1), p, 0)
+    summed = p.cumsum(-1)
     drawn = (summed < (u * summed[:, -1])[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
     return torch.where(temperature > 0, drawn, likely)
 
@@ -112,6 +185,7 @@ class Decoder:
     cache: torch.Tensor  # [blocks, 2 (keys, values), slots, key heads, capacity, head_dim]
     temperature: torch.Tensor # float32 [slots]
     draws: torch.Tensor  # float32 [slots, max_new_tokens]: the random numbers of each answer
+    limit: torch.Tensor  # int64 [slots]: tokens that each answer may have
     graph: torch.cuda.CUDAGraph | None # a recorded step; None: each step is launched
 
     def __init__(self,
@@ -121,6 +195,8 @@ class Decoder:
         capacity: int,       # tokens of prompt and answer together, at most
         max_new_tokens: int, # of an answer
         keep_weights: bool = True, # hold NF4 weights dequantised
+        adapted: list[bool] | None = None, # do the adapters count, slot by slot? None: in all
+        nucleus: bool = False, # will `prefill` be given `top_p`?
     ):
         if not is_decodable(model, capacity):
             raise DollyError(f"a Decoder computes a Llama without adapters, or with one plain LoRA "
@@ -132,9 +208,10 @@ class Decoder:
         self.fixed = 2048 if ops.fused else 0  # tokens of a packed prompt batch; 0: as they come
         self.attend = _attend_cached_triton if ops.fused else attend_cached
         device, dtype = self.base.device, self.base.lm_head.weight.dtype
-        self.blocks, groups = llama_blocks(self.base, ops)
-        hold_weights(groups, keep_weights, dtype)
-        for g in groups:
+        self.blocks, self.groups = llama_blocks(self.base, ops)
+        hold_weights(self.groups, keep_weights, dtype)
+        self.adapted = None if adapted is None else torch.tensor(adapted).to(device, dtype)
+        for g in self.groups:
             if g.A:
                 low = torch.cat([p.detach().flatten() for p in g.A + g.B]).to(dtype)
                 g.bind(0, low, low)
@@ -146,7 +223,9 @@ class Decoder:
         self.slot = torch.arange(slots, device=device)
         self.tokens, self.kv_lengths, self.count = zeros(slots), zeros(slots), zeros(slots)
         self.out = zeros(slots, max_new_tokens)
+        self.limit = zeros(slots)
         self.temperature = zeros(slots, dtype=torch.float32)
+        self.top_p = zeros(slots, dtype=torch.float32) + 1 if nucleus else None
         self.draws = zeros(slots, max_new_tokens, dtype=torch.float32)
         self.active = zeros(slots, dtype=torch.bool)
         if ops.fused:  # recorded while no slot is at work: nothing changes
@@ -158,39 +237,73 @@ class Decoder:
     def prefill(self,
         slots: list[int],         # free ones
         prompts: list[list[int]], # token ids, one prompt a slot; `DollyError` if one leaves no
-                                  # room in the slot's capacity for `max_new_tokens`
+                                  # room in the slot's capacity for its answer
         temperature,              # one number a prompt; 0: greedy
-        draws,                    # float32 [max_new_tokens] a prompt, from `uniform_draws`
+        draws,                    # float32 [new tokens, at most] a prompt, from `uniform_draws`
+        top_p: list[float] | None = None, # one number a prompt, see `choose`
+        kept: list[int] | None = None, # tokens of each prompt that its slot's cache begins with
     ):
         "Read prompts into slots and take their first tokens."
-        capacity, longest = self.cache.shape[4], max(len(p) for p in prompts)
-        if longest + self.out.shape[1] > capacity:
-            raise DollyError(f"a prompt of {longest:,} tokens and {self.out.shape[1]:,} new ones "
+        draws, lengths = np.asarray(draws, np.float32), torch.tensor([len(p) for p in prompts])
+        capacity, longest, wanted = self.cache.shape[4], int(lengths.max()), draws.shape[1]
+        if longest + wanted > capacity:
+            raise DollyError(f"a prompt of {longest:,} tokens and {wanted:,} new ones "
                              f"exceed the {capacity:,} tokens of a slot")
-        device, lengths = self.cache.device, torch.tensor([len(p) for p in prompts])
+        device = self.cache.device
         last = self.cache.new_zeros(len(self.slot), self.base.config.hidden_size)
-        for numbers in in_batches(lengths.tolist(), self.fixed or 10**9):
-            n = int(lengths[numbers].sum())
-            ids = [prompts[j] for j in numbers]
-            if self.fixed and n % self.fixed: ids.append([0] * (-n % self.fixed))
-            batch = pack([dict(input_ids=i, labels=i) for i in ids]).to(device)
-            owner = torch.repeat_interleave(torch.tensor(slots)[numbers],
-                                            lengths[numbers]).to(device)
-
-            def attention(layer, q, k, v): # inside each prompt; keys and values are kept
-                for cache, new in zip(self.cache[layer], (k, v)):
-                    cache[owner, :, batch.position_ids[:n]] = new[:n]
-                return attend(q, k, v, batch)
-
-            hidden = hidden_states(self.base, self.blocks, batch.input_ids,
-                                   angles_at(self.base, batch.position_ids), attention)
-            ends = batch.cu_seqlens[1:len(numbers) + 1].long() - 1
-            last[[slots[j] for j in numbers]] = hidden[ends]
+        if kept is None:
+            for numbers in in_batches(lengths.tolist(), self.fixed or 10**9):
+                chosen = [slots[j] for j in numbers]
+                last[chosen] = self._read(chosen, [prompts[j] for j in numbers])
+        else: last[slots] = self._read_on(slots, prompts, kept)
         at, who = torch.tensor(slots, device=device), torch.zeros_like(self.active)
         self.kv_lengths[at], self.count[at], who[at] = lengths.to(device), 0, True
-        for kept, new in ((self.temperature, temperature), (self.draws, draws)):
-            kept[at] = torch.tensor(np.asarray(new), dtype=torch.float32, device=device)
+        self.limit[at] = wanted
+        self.draws[at, :wanted] = torch.from_numpy(draws).to(device)
+        def set_(tensor, new): tensor[at] = torch.tensor(new, dtype=torch.float32, device=device)
+        set_(self.temperature, np.asarray(temperature))
+        if self.top_p is not None: set_(self.top_p, top_p or [1.0] * len(slots))
         self._take(last, who)
+
+    def _read(self, slots, prompts): # from their first tokens on; the last hidden state of each
+        n, owner = sum(map(len, prompts)), self._owners(slots, prompts)
+        if self.fixed and n % self.fixed: prompts = [*prompts, [0] * (-n % self.fixed)]
+        batch = pack([dict(input_ids=i, labels=i) for i in prompts]).to(owner.device)
+
+        def attention(layer, q, k, v): # inside each prompt; keys and values are kept
+            for cache, new in zip(self.cache[layer], (k, v)):
+                cache[owner, :, batch.position_ids[:n]] = new[:n]
+            return attend(q, k, v, batch)
+
+        filled = F.pad(owner, (0, len(batch.input_ids) - n))
+        hidden = self._hidden(batch.input_ids, batch.position_ids, filled, attention)
+        return hidden[batch.cu_seqlens[1:len(slots) + 1].long() - 1]
+
+    def _read_on(self, slots, prompts, kept): # the same, behind what the slots' caches have
+        new = [prompt[n:] for prompt, n in zip(prompts, kept)]
+        sizes, owner = [len(ids) for ids in new], self._owners(slots, new)
+        ids = torch.tensor([i for part in new for i in part], device=owner.device)
+        positions = torch.cat([torch.arange(n, len(p)) for n, p in zip(kept, prompts)])
+        positions = positions.to(owner.device)
+
+        def attention(layer, q, k, v): # of each slot's new tokens to all of the slot's
+            for cache, fresh in zip(self.cache[layer], (k, v)): cache[owner, :, positions] = fresh
+            texts = zip(slots, prompts, q.split(sizes), positions.split(sizes))
+            return torch.cat([attend_end(queries, *self.cache[layer, :, s, :, :len(prompt)], at)
+                              for s, prompt, queries, at in texts])
+
+        hidden = self._hidden(ids, positions, owner, attention)
+        return hidden[torch.tensor(sizes, device=owner.device).cumsum(0) - 1]
+
+    def _owners(self, slots, texts): # int64 [tokens]: the slot of each
+        sizes = torch.tensor([len(ids) for ids in texts])
+        return torch.repeat_interleave(torch.tensor(slots), sizes).to(self.cache.device)
+
+    def _hidden(self, ids, positions, slot, attention): # of tokens that belong to these slots
+        share = None if self.adapted is None else self.adapted[slot][:, None]
+        for g in self.groups: g.share = share
+        return hidden_states(self.base, self.blocks, ids, angles_at(self.base, positions),
+                             attention)
 
     @torch.inference_mode()
     def step(self):
@@ -199,13 +312,10 @@ class Decoder:
         else: self._advance(int(self.kv_lengths.max()) + 1)
 
     def _advance(self, span): # `span`: no slot has more tokens in its cache afterwards
-        def attention(layer, q, k, v): # to the cache, which gets the new key and value first
-            for cache, new in zip(self.cache[layer], (k, v)):
-                cache[self.slot, :, self.kv_lengths] = new
-            return self.attend(q, *self.cache[layer], self.kv_lengths + 1, span)
+        def attention(layer, q, k, v): # to the cache, which gets the new key and value
+            return self.attend(q, k, v, self.cache[layer], self.kv_lengths, self.active, span)
 
-        angles = angles_at(self.base, self.kv_lengths)
-        hidden = hidden_states(self.base, self.blocks, self.tokens, angles, attention)
+        hidden = self._hidden(self.tokens, self.kv_lengths, self.slot, attention)
         who = self.active.clone()
         self.kv_lengths += who
         self._take(hidden, who)
@@ -213,12 +323,12 @@ class Decoder:
     def _take(self, hidden, who): # the next token of the slots `who`, from their last hidden state
         at = self.count.clamp(max=self.out.shape[1] - 1)
         chosen = choose(output_logits(self.base, self.blocks, hidden), self.temperature,
-                        self.draws[self.slot, at])
+                        self.draws[self.slot, at], self.top_p)
         chosen = torch.where(who, chosen, self.tokens)
         self.out[self.slot, at] = torch.where(who, chosen, self.out[self.slot, at])
         self.tokens.copy_(chosen)
         self.count += who
-        unfinished = (chosen != self.eos) & (self.count < self.out.shape[1])
+        unfinished = (chosen != self.eos) & (self.count < self.limit)
         self.active.copy_(torch.where(who, unfinished, self.active))
 
 # %% ../../nbs/03f_decoder.ipynb #i4270451
