@@ -14,6 +14,7 @@ from transformers import PrinterCallback, TrainerCallback
 from .cards import Cards
 from .config import (
     ConfigError, DollyError, MODEL_NAMES, PRESETS, Recipe, sample_path, suggest)
+from .conversation import DecoderWriter, PlainWriter
 from .data import build_prompt, clean, encode_split, load_dolly, split
 from .engine.decoder import decode_all
 from .engine.memory import MemoryPlan, plan_memory
@@ -33,7 +34,7 @@ __all__ = ['METHODS', 'KERNEL_KINDS', 'SLOTS', 'step_flops', 'wait_for_device', 
            'needs_only_lengths', 'embedded_lengths', 'made_up_examples', 'bench_examples', 'bench_tokenizer',
            'stock_trainer', 'bench_trainer', 'StepClock', 'kernel_kind', 'gpu_seconds', 'memory_left_behind',
            'measure_step', 'measure_share', 'measure_shared', 'bench', 'memory_rate', 'bytes_to_read', 'bench_prompts',
-           'write_all', 'write_share', 'time_answers', 'bench_generate']
+           'write_all', 'write_share', 'time_answers', 'check_peers', 'bench_generate', 'bench_chat']
 
 # %% ../nbs/02f_bench.ipynb #02d005
 def step_flops(
@@ -462,6 +463,14 @@ def time_answers(
     return seconds, sum(map(len, answers)), peak_memory() / 2**30 if on_gpu else None
 
 # %% ../nbs/02f_bench.ipynb #i9712277
+def check_peers(
+    peers: list[str], # for answers; `ConfigError` for another word than "transformers"
+):
+    "Make sure that we know the other ways."
+    for peer in peers:
+        if peer != "transformers":
+            raise ConfigError(f"no way {peer!r} to write answers{suggest(peer, ['transformers'])}")
+
 def bench_generate(
     recipe: Recipe,         # base, dataset, seed
     peers: list[str] = (),  # "transformers"; `ConfigError` for another word
@@ -474,9 +483,7 @@ def bench_generate(
     With `gpus` above 1 (or 0, and several to be seen) the decoder's answers are written a second
     time, shared by that many. Also returned: `gpus`, `tok_per_s` (new tokens), `peak_gib` (None on
     a CPU), `floor_s` (reading weights and cache alone on one card, at `memory_rate`)."""
-    for peer in peers:
-        if peer != "transformers":
-            raise ConfigError(f"no way {peer!r} to write answers{suggest(peer, ['transformers'])}")
+    check_peers(peers)
     folder = Path(tempfile.mkdtemp())  # stays when a helper dies: it has its log
     cards = Cards(recipe, folder)
     model, endless = _endless_base(recipe)
@@ -504,4 +511,44 @@ def bench_generate(
     cards.end()
     shutil.rmtree(folder)
     _endless_base.cache_clear()
+    return table
+
+# %% ../nbs/02f_bench.ipynb #4bf3ffcc
+def bench_chat(
+    recipe: Recipe,         # base, rank of the adapters
+    peers: list[str] = (),  # "transformers"; `ConfigError` for another word
+    new_tokens: int = 128,  # for each answer
+    log=lambda row: None,   # gets every row when it is there
+    prompt_tokens: int = 500, # of the question
+) -> list[dict]: # name, voices, base, model, device, prompt_tokens, new_tokens and those below
+    """Answer a question as a chat does, by the tuned model alone and in a comparison.
+
+    Also returned: `first_token_s` (reading the prompt), `tok_per_s` (of each voice, after the first
+    token), `peak_gib` (None on a CPU)."""
+    check_peers(peers)
+    model = add_lora(load_base(replace(recipe, load_in_4bit=False)), recipe).eval()
+    vocabulary = model.config.vocab_size
+    endless = SimpleNamespace(eos_token_id=vocabulary)
+    prompts = np.random.default_rng(0).integers(3, vocabulary, (2, prompt_tokens)).tolist()
+    how = np.zeros(new_tokens, np.float32), 0.0, 1.0  # draws, temperature, top_p
+    writers = {"transformers": PlainWriter(model, endless)} if peers else {}
+    writers["dolly_lora"] = DecoderWriter(model, endless, prompt_tokens + new_tokens)
+    table = []
+    for name, writer in writers.items():
+        for voices in ["tuned"], ["base", "tuned"]:
+            if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+            for prompt in prompts:  # the first one compiles and loads
+                start = time.perf_counter()
+                writer.begin(voices, prompt, *how)
+                first = time.perf_counter()
+                while writer.at_work: writer.step()
+                wait_for_device()
+                end = time.perf_counter()
+            peak = peak_memory() / 2**30 if torch.cuda.is_available() else None
+            table.append(dict(name=name, voices=len(voices), base=recipe.base,
+                              model=MODEL_NAMES.get(recipe.base, recipe.base), device=device_name(),
+                              prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+                              first_token_s=first - start,
+                              tok_per_s=(new_tokens - 1) / (end - first), peak_gib=peak))
+            log(table[-1])
     return table

@@ -510,7 +510,7 @@ def chat(
 def _gib(r): return f"{r['peak_gib']:.1f}" if r["peak_gib"] else "-"  # a CPU has none
 
 def bench_cells(
-    r: dict, # a row of `bench` or of `bench_generate`
+    r: dict, # a row of `bench`, `bench_generate` or `bench_chat`
 ) -> dict: # title -> text
     "A measured way as the columns of a table."
     speed = {"tokens/s": f"{r['tok_per_s']:,.0f}", "peak GiB": _gib(r)}
@@ -519,6 +519,9 @@ def bench_cells(
         return {"": name, "s/step": f"{r['s_per_step']:.3f}", **speed,
                 "MFU": f"{r['model_flops_utilisation']:.0%}",
                 "full recipe": f"{r['full_recipe_min']:.1f} min"}
+    if "voices" in r:
+        return {"": name, "answers": str(r["voices"]),
+                "first ms": f"{1000 * r['first_token_s']:.0f}", **speed}
     return {"": name, "slots": str(r["slots"]), "seconds": f"{r['seconds']:.2f}", **speed,
             "floor s": f"{r['floor_s']:.2f}"}
 
@@ -534,9 +537,10 @@ def run_bench(
     steps: int = 20,       # measured for each way
     prompts: int = 128,    # to answer
     new_tokens: int = 128, # for each
+    chat: bool = False,    # measure a chat instead
 ) -> int: # exit status
-    "Measure a training step, or generation, and print what came out."
-    from dolly_lora.bench import bench, bench_generate
+    "Measure a training step, generation or a chat, and print what came out."
+    from dolly_lora.bench import bench, bench_chat, bench_generate
     if base: overrides = f"{overrides} base={shlex.quote(base)}"
     recipe, _ = resolve(preset, "", dataset, overrides)
     shown = []
@@ -550,7 +554,8 @@ def run_bench(
             if not shown: print(line.format(*cells))
             print(line.format(*cells.values()), flush=True)
             shown.append(row)
-        if answers: bench_generate(recipe, peers, prompts, new_tokens, show)
+        if chat: bench_chat(recipe, peers, new_tokens, show)
+        elif answers: bench_generate(recipe, peers, prompts, new_tokens, show)
         else: bench(recipe, peers, steps, show)
     return 0
 
@@ -658,6 +663,8 @@ def bench_options(p): # `p`: an argparse parser
     p.add_argument("--steps", type=int, default=20, help="measured for each way (default 20)")
     p.add_argument("--generate", action="store_true",
                    help="measure answers instead (--peer transformers: its, too)")
+    p.add_argument("--chat", action="store_true",
+                   help="measure a chat instead: the first token, then one answer and two at once")
     p.add_argument("--prompts", type=int, default=128,
                    help="to answer with --generate (default 128)")
     p.add_argument("--new-tokens", type=int, default=128,
@@ -712,7 +719,7 @@ def dispatch(
     if args.command == "bench":
         overrides = shlex.join([f"gpus={args.gpus}", *args.set])
         return run_bench(args.preset, args.base, args.peer, args.dataset, overrides, args.json,
-                         args.generate, args.steps, args.prompts, args.new_tokens)
+                         args.generate, args.steps, args.prompts, args.new_tokens, args.chat)
     if args.command == "judge":
         return judge(args.run_dir, args.judge, args.dry_run)
     from dolly_lora.report import write_report

@@ -201,7 +201,10 @@ def make_writer(
         if fast:
             plan = plan_slots(model, [max_tokens] * voices, 0, voices)
             fast = plan.slots == voices and plan.keep_weights
-        writer = DecoderWriter(model, tokenizer, max_tokens) if fast else PlainWriter(model, tokenizer)
+        if fast:
+            writer = DecoderWriter(model, tokenizer, max_tokens)
+        else:
+            writer = PlainWriter(model, tokenizer)
         writer.max_tokens = max_tokens
         vars(model)["_writer"] = writer
     return writer
@@ -251,7 +254,7 @@ class AnswerThread(threading.Thread):
                     return
                 writer.step()
 
-    def answers(self) -> Iterator[dict[str, list[int]]]: # end with the answers, or soon after `stop`
+    def answers(self) -> Iterator[dict[str, list[int]]]: # voice -> ids; ends soon after `stop`
         "What there is of the answers, as often as there is more."
         while True:
             try:
@@ -271,7 +274,7 @@ def stream_answers(
     prompt: str,           # from `fit_prompt`
     turns: list[Turn],     # say who answers and how; answer, ids, seconds and ends are filled in
     stop: threading.Event, # once set, the answers end
-) -> Iterator[tuple[str, str]]: # (who, growing answer), first empty ones; raises what the model does
+) -> Iterator[tuple[str, str]]: # (who, growing answer), first empty ones; raises as the model
     "Write the answers of a turn, and hand on their text as it comes."
     thread = AnswerThread(model, tokenizer, max_tokens, prompt, turns, stop)
     start = time.monotonic()

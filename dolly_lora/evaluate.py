@@ -13,6 +13,7 @@ from .cards import Cards, loaded_run
 from .config import DollyError, Recipe
 from .data import build_prompt, encode_all, normalise
 from .generate import encode_in_template
+from .models import base_model
 from .results import LossDifference
 
 # %% auto #0
@@ -73,11 +74,15 @@ def token_losses(
         # first column and the logits their last, so that the two stand side by side
         labels = padded([e["labels"] for e in examples], -100)[:, 1:]
         mask = padded([[1] * len(e["input_ids"]) for e in examples], 0)
-        logits = model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
-        sums = [F.cross_entropy(l.float(), y, ignore_index=-100, reduction="sum")
-                for l, y in zip(logits, labels)]
-        out[batch, 0] = torch.stack(sums).double().cpu().numpy()
-        out[batch, 1] = (labels != -100).sum(1).cpu().numpy()
+        learnt = labels != -100
+        hook = base_model(model).get_output_embeddings().register_forward_pre_hook(
+            lambda _, inputs: (inputs[0][:, :-1][learnt],))  # no logits that nobody reads
+        try: logits = model(input_ids=input_ids, attention_mask=mask).logits
+        finally: hook.remove()
+        nll = F.cross_entropy(logits.float(), labels[learnt], reduction="none")
+        which = learnt.nonzero()[:, 0].cpu().numpy()  # the example of each response token
+        out[batch, 0] = np.bincount(which, nll.double().cpu().numpy(), len(batch))
+        out[batch, 1] = np.bincount(which, minlength=len(batch))
         if time.time() - shown > 10:
             shown = time.time()
             log(f"{start + len(batch):,} of {len(rows):,} records read")

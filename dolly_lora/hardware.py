@@ -8,7 +8,7 @@ import os, sys
 import torch
 
 # %% auto #0
-__all__ = ['device', 'device_name', 'is_ampere', 'compute_dtype', 'free_memory', 'peak_memory']
+__all__ = ['device', 'device_name', 'is_ampere', 'multiplies_bf16', 'compute_dtype', 'free_memory', 'peak_memory']
 
 # %% ../nbs/00e_hardware.ipynb #g95022ff
 def device() -> str: # "cuda:0" or "cpu"; under torchrun each process gets a card of its own
@@ -32,10 +32,15 @@ def is_ampere(
         return False
     return torch.cuda.get_device_capability(device)[0] >= 8
 
+def multiplies_bf16() -> bool:
+    "Has this CPU instructions for bf16 products (AVX512-BF16 or AMX)?"
+    asked = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    return any(getattr(torch.cpu, name, bool)() for name in asked)  # `bool()` is False
+
 def compute_dtype() -> torch.dtype: # bfloat16, float16 or float32
     "The precision of matrix products on this machine."
     if not torch.cuda.is_available():
-        return torch.float32
+        return torch.bfloat16 if multiplies_bf16() else torch.float32
     return torch.bfloat16 if is_ampere() else torch.float16
 
 # %% ../nbs/00e_hardware.ipynb #e66c885e

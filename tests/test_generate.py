@@ -17,7 +17,7 @@ from conftest import ROOT
 from dolly_lora.config import PRESETS, DollyError, sample_path
 from dolly_lora.data import build_prompt
 from dolly_lora.files import JsonlCache, read_jsonl
-from dolly_lora.engine.decoder import attend_cached
+from dolly_lora.engine.decoder import attend_cached, uniform_draws
 from dolly_lora.generate import generate
 from dolly_lora.hardware import is_ampere
 from dolly_lora.models import (
@@ -257,17 +257,46 @@ def test_a_folder_s_fingerprint_is_its_contents(tmp_path):
 
 
 @needs_gpu
-def test_gpu_cached_attention_kernel_equals_the_formula():
+@pytest.mark.parametrize("slots", [1, 70])  # the cache in pieces, and whole
+def test_gpu_cached_attention_kernel_equals_the_formula(slots):
     from dolly_lora.engine.decoder import _attend_cached_triton
+    def draw(*shape, dtype): return torch.randn(*shape, device="cuda", dtype=dtype)
     for heads, key_heads, size in (32, 32, 128), (9, 3, 64), (4, 2, 16):
         for dtype in torch.float32, torch.bfloat16:
-            q = torch.randn(70, heads, size, device="cuda", dtype=dtype)
-            k, v = torch.randn(2, 70, key_heads, 300, size, device="cuda", dtype=dtype)
-            lengths = torch.randint(1, 301, (70,), device="cuda")
-            ours = _attend_cached_triton(q, k, v, lengths, 300)
-            right = attend_cached(q.float(), k.float(), v.float(), lengths, 300).to(dtype)
+            new = draw(slots, heads + 2 * key_heads, size, dtype=dtype)
+            new = new.split([heads, key_heads, key_heads], 1)
+            cache = draw(2, slots, key_heads, 300, size, dtype=dtype)
+            lengths = torch.randint(200, 300, (slots,), device="cuda")
+            active = torch.ones(slots, device="cuda", dtype=torch.bool)
+            exact = cache.float()
+            ours = _attend_cached_triton(*new, cache, lengths, active, 300)
+            right = attend_cached(*(t.float() for t in new), exact, lengths, active, 300)
             near = 1e-5 if dtype == torch.float32 else 2e-2
-            torch.testing.assert_close(ours, right, atol=near, rtol=0)
+            torch.testing.assert_close(ours, right.to(dtype), atol=near, rtol=0)
+            assert torch.equal(cache.float(), exact)  # it has the new keys and values
+
+
+@needs_gpu
+def test_gpu_a_chat_in_float32_is_that_of_transformers():
+    from dolly_lora.conversation import DecoderWriter, PlainWriter
+    from dolly_lora.models import add_lora
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    model = add_lora(tiny_model().cuda(), PRESETS["tiny"]).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name: p.normal_(std=0.3)
+    first = TOKENIZER(PROMPTS[0]).input_ids
+    answers = []
+    for writer in PlainWriter(model, TOKENIZER), DecoderWriter(model, TOKENIZER, 400):
+        writer.begin(["base", "tuned"], first, uniform_draws("a", 1, 24), 0.7, 0.9)
+        while writer.at_work: writer.step()
+        answers.append(writer.ids)
+        writer.begin(["tuned"], first + [7, 8, 9], uniform_draws("b", 1, 24), 0.0, 1.0)  # reads on
+        while writer.at_work: writer.step()
+        answers.append(writer.ids)
+    torch.set_float32_matmul_precision(before)
+    assert answers[:2] == answers[2:] and answers[0]["base"] != answers[0]["tuned"]
 
 
 @needs_gpu

@@ -26,7 +26,7 @@ from dolly_lora.models import load_tokenizer, load_tuned, lora_parameter_count, 
 from dolly_lora.models import random_config, random_llama, tiny_model, tiny_tokenizer
 from dolly_lora.train import train
 
-SHAPE = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+SHAPE = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
              pad_token_id=0)
 TINY = PRESETS["tiny"]

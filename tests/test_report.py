@@ -874,7 +874,7 @@ def test_a_run_before_seeds_contenders_and_later_fields_still_renders(committed)
 
 def test_several_cards_stand_beside_one_and_not_among_the_ways(tmp_path):
     """A row of several cards belongs to the row of one right before it, and both to a table."""
-    lines = [json.loads(line) for name in ("bench_h100.jsonl", "cards_h100.jsonl")
+    lines = [json.loads(line) for name in ("bench_h100.jsonl", "cards.jsonl")
              for line in sample_path(name).read_text().splitlines()]
     compared = cards_compared(lines)
     assert len(compared) == len(scaling_rows(lines)) >= 3

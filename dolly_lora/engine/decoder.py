@@ -38,9 +38,9 @@ def attend_cached(
     for part, new in zip(cache, (k, v)): part[slot, :, kv_lengths] = new
     mask = torch.arange(span, device=q.device)[None] <= kv_lengths[:, None]
     keys, values = cache[:, :, :, :span]
-    out = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask[:, None, None],
-                                         enable_gqa=q.shape[1] != k.shape[1])
-    return out[:, :, 0]
+    queries = q.unflatten(1, (k.shape[1], -1))  # those that share a key, as the rows of one matrix
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None])
+    return out.flatten(1, 2)
 
 # %% ../../nbs/03f_decoder.ipynb #bf9b0850
 def attend_end(
@@ -60,9 +60,9 @@ def attend_end(
 def _cached(q, new_k, new_v, cache, out, kv_lengths, active, scale, sq, sk, sv, S, C, values_at,
             D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr,
             BL: tl.constexpr, PIECES: tl.constexpr):
-    row, head, heads, piece = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    row, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d, g, l = tl.arange(0, BD), tl.arange(0, BG), tl.arange(0, BL)
-    here, own = (row * heads + head).to(tl.int64), piece == 0
+    here, own = (row * tl.num_programs(1) + head).to(tl.int64), piece == 0
     there = tl.load(kv_lengths + row)
     n = tl.where(tl.load(active + row) != 0, there, 0)  # what nobody reads costs nothing
     fits = (g[:, None] < G) & (d[None] < D)
