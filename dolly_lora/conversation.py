@@ -17,7 +17,7 @@ from .engine.decoder import choose, Decoder, plan_slots, uniform_draws
 from .files import write_jsonl, write_text
 
 # %% auto #0
-__all__ = ['NEXT_TURN', 'fit_prompt', 'Turn', 'Writer', 'DecoderWriter', 'common_start', 'PlainWriter', 'make_writer',
+__all__ = ['NEXT_TURN', 'fit_prompt', 'Turn', 'Writer', 'DecoderWriter', 'common_start', 'PlainWriter', 'make_writer', 'has_room',
            'AnswerThread', 'stream_answers', 'turn_records', 'turns_markdown', 'Chat']
 
 # %% ../nbs/04a_conversation.ipynb #cc8f0518
@@ -188,26 +188,34 @@ class PlainWriter(Writer):
         self.ids[voice].append(int(choose(logits, temperature, draws, top_p)))
 
 # %% ../nbs/04a_conversation.ipynb #36e4e937
+_making = threading.Lock()
+
 def make_writer(
     model,           # PeftModel, or a base model
     tokenizer,       # its tokenizer
     max_tokens: int, # prompt and answer together
 ) -> Writer:
     "The model's writer, made anew when a conversation is longer than those before."
-    writer = vars(model).get("_writer")
-    if writer is None or max_tokens > writer.max_tokens:
-        voices = 2 if hasattr(model, "disable_adapter") else 1
-        fast = is_decodable(model, max_tokens)
-        if fast:
-            plan = plan_slots(model, [max_tokens] * voices, 0, voices)
-            fast = plan.slots == voices and plan.keep_weights
-        if fast:
-            writer = DecoderWriter(model, tokenizer, max_tokens)
-        else:
+    with _making:
+        writer = vars(model).get("_writer")
+        if writer is None or max_tokens > writer.max_tokens:
             writer = PlainWriter(model, tokenizer)
-        writer.max_tokens = max_tokens
-        vars(model)["_writer"] = writer
-    return writer
+            if has_room(model, max_tokens):
+                writer = DecoderWriter(model, tokenizer, max_tokens)
+            writer.max_tokens = max_tokens
+            vars(model)["_writer"] = writer
+        return writer
+
+def has_room(
+    model,           # PeftModel, or a base model
+    max_tokens: int, # of a conversation
+) -> bool:
+    "Can a `Decoder` hold a conversation for it, with its weights in 16 bits?"
+    if not is_decodable(model, max_tokens):
+        return False
+    voices = 2 if hasattr(model, "disable_adapter") else 1
+    plan = plan_slots(model, [max_tokens] * voices, 0, voices)
+    return plan.slots == voices and plan.keep_weights
 
 # %% ../nbs/04a_conversation.ipynb #0366da83
 NEXT_TURN = "### Instruction:"  # what no answer goes on with

@@ -359,13 +359,14 @@ def writing_rows(
 
 def scaling_rows(
     bench: list[dict], # rows of bench.jsonl
-) -> list[list]: # what, cards, s on one, s on all, times as fast, peak GiB of a card
+) -> list[list]: # what, card, cards, s on one, s on all, times as fast, peak GiB of a card
     "What several cards gain over one."
     rows = []
     for alone, shared in cards_compared(bench):
         if "new_tokens" in shared:
             time, what = "seconds", f"{shared['prompts']} answers of {shared['new_tokens']} tokens"
         else: time, what = "s_per_step", f"{shared['name']}, {shared['batch_size']} a step"
-        rows.append([f"{shared['model']}, {what}", shared["gpus"], number(alone[time], 3),
-                     number(shared[time], 3), number(alone[time] / shared[time], 2), _gib(shared)])
+        rows.append([f"{shared['model']}, {what}", shared["device"], shared["gpus"],
+                     number(alone[time], 3), number(shared[time], 3),
+                     number(alone[time] / shared[time], 2), _gib(shared)])
     return rows

@@ -879,9 +879,10 @@ def test_several_cards_stand_beside_one_and_not_among_the_ways(tmp_path):
     compared = cards_compared(lines)
     assert len(compared) == len(scaling_rows(lines)) >= 3
     for (alone, shared), row in zip(compared, scaling_rows(lines)):
-        assert alone.get("gpus", 1) == 1 < shared["gpus"] == row[1]
+        assert alone.get("gpus", 1) == 1 < shared["gpus"] == row[2]
+        assert alone["device"] == shared["device"] == row[1]
         time = "seconds" if "new_tokens" in shared else "s_per_step"
-        assert row[4] == f"{alone[time] / shared[time]:.2f}"
+        assert row[5] == f"{alone[time] / shared[time]:.2f}"
     ways = {steps["figure"]: [b["name"] for b in steps["measured"]]
             for steps in measured_steps(lines)}
     assert ways["ablation_random_7b"] == ["stock", "padding-free", "by hand", "weights kept",
@@ -893,14 +894,14 @@ def test_several_cards_stand_beside_one_and_not_among_the_ways(tmp_path):
 
 
 def test_peers_and_several_cards_may_be_measured_by_one_command():
-    row = dict(model="toy", base="toy", tok_per_s=1.0, peak_gib=None, floor_s=0.1, slots=1,
-               model_flops_utilisation=0.5, full_recipe_min=1.0)
+    row = dict(model="toy", base="toy", device="a card", tok_per_s=1.0, peak_gib=None,
+               floor_s=0.1, slots=1, model_flops_utilisation=0.5, full_recipe_min=1.0)
     bench = [row | dict(name="stock", s_per_step=4.0), row | dict(name="speed", s_per_step=2.0),
              row | dict(name="speed", s_per_step=1.0, gpus=2)]
     steps, = measured_steps(bench)
     assert [b["name"] for b in steps["measured"]] == ["stock", "speed"] and steps["speedup"] == 2.0
     assert scaling_rows(bench[:0]) == [] and scaling_rows(
-        [b | dict(batch_size=16) for b in bench])[0][4] == "2.00"
+        [b | dict(batch_size=16) for b in bench])[0][5] == "2.00"
     made = dict(prompts=4, new_tokens=8, seconds=2.0)
     bench = [row | made | dict(name=name, gpus=gpus)
              for name, gpus in (("transformers", 1), ("dolly_lora", 1), ("dolly_lora", 2))]
