@@ -17,8 +17,8 @@ from .engine.decoder import choose, Decoder, plan_slots, uniform_draws
 from .files import write_jsonl, write_text
 
 # %% auto #0
-__all__ = ['NEXT_TURN', 'fit_prompt', 'Turn', 'Writer', 'DecoderWriter', 'common_start', 'PlainWriter', 'make_writer', 'has_room',
-           'AnswerThread', 'stream_answers', 'turn_records', 'turns_markdown', 'Chat']
+__all__ = ['NEXT_TURN', 'fit_prompt', 'Turn', 'Writer', 'DecoderWriter', 'common_start', 'PlainWriter', 'make_writer',
+           'adapters_now', 'has_room', 'AnswerThread', 'stream_answers', 'turn_records', 'turns_markdown', 'Chat']
 
 # %% ../nbs/04a_conversation.ipynb #cc8f0518
 def fit_prompt(
@@ -104,6 +104,7 @@ class Writer:
 
     def step(self):
         "Take the next token of every voice at work."
+        raise NotImplementedError
 
     def end(self,
         voice: str, # at work
@@ -195,16 +196,24 @@ def make_writer(
     tokenizer,       # its tokenizer
     max_tokens: int, # prompt and answer together
 ) -> Writer:
-    "The model's writer, made anew when a conversation is longer than those before."
+    "The model's writer, made anew for a longer conversation than before, or other adapters."
     with _making:
-        writer = vars(model).get("_writer")
-        if writer is None or max_tokens > writer.max_tokens:
-            writer = PlainWriter(model, tokenizer)
+        writer, adapters = vars(model).get("_writer"), adapters_now(model)
+        if writer is None or max_tokens > writer.max_tokens or adapters != writer.adapters:
+            # first the plain one, which lets go of what an earlier one held
+            vars(model)["_writer"] = writer = PlainWriter(model, tokenizer)
             if has_room(model, max_tokens):
-                writer = DecoderWriter(model, tokenizer, max_tokens)
-            writer.max_tokens = max_tokens
-            vars(model)["_writer"] = writer
+                vars(model)["_writer"] = writer = DecoderWriter(model, tokenizer, max_tokens)
+            writer.max_tokens, writer.adapters = max_tokens, adapters
         return writer
+
+def adapters_now(
+    model, # PeftModel, or a base model
+) -> list[tuple]: # another one after a step of training, or when other adapters are active
+    "What tells a model's adapters from those that it had before."
+    active = tuple(model.active_adapters) if hasattr(model, "disable_adapter") else ()
+    return [active] + [(name, p.data_ptr(), 0 if p.is_inference() else p._version)
+                       for name, p in model.named_parameters() if "lora_" in name]
 
 def has_room(
     model,           # PeftModel, or a base model

@@ -197,6 +197,20 @@ def test_an_answer_ends_where_the_next_instruction_begins(model, tokenizer, monk
     assert next(script, None) is not None                   # no token more than it takes to see it
 
 
+def test_a_model_that_was_trained_on_speaks_with_its_new_adapters(model, tokenizer):
+    import torch
+    talk = chat(model, tokenizer)
+    talk.ask("Name a prime.")
+    before = talk.last.ids
+    adapters = [p for name, p in model.named_parameters() if "lora_B" in name]
+    for p in adapters:
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    torch.optim.SGD(adapters, lr=0.5).step()
+    talk.clear()
+    talk.ask("Name a prime.")
+    assert talk.last.ids == plain_ids(model, tokenizer, "Name a prime.") != before
+
+
 def test_a_model_that_no_decoder_knows_is_answered_for_by_transformers(model, tokenizer):
     model.config.model_type = "other"
     talk = chat(model, tokenizer)
