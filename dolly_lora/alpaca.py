@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 import pandas as pd
 from .config import DollyError, project_root, sample_path, short_path
-from .data import build_prompt, DataError
+from .data import DataError
 from .files import file_sha256, parse_json
 from .judge import ask, fetch, Question, Reply
 
@@ -86,14 +86,18 @@ def load_instructions(
 def answer_alpaca(
     answer,                   # from `make_answerer`
     instructions: list[dict], # from `load_instructions`
-    generator: str,           # the name the official tools will show
-    build=build_prompt,       # gives the prompt of an instruction, see `prompt_builder`
-) -> dict: # `model_outputs` in the official format, and the share `finished` in percent
-    "Answer every instruction greedily, in the official file format."
-    answers = answer([build(r["instruction"]) for r in instructions])
-    outputs = [dict(dataset=r["dataset"], instruction=r["instruction"], output=a.text,
-                    generator=generator) for r, a in zip(instructions, answers)]
-    return dict(model_outputs=outputs, finished=100 * float(np.mean([a.finished for a in answers])))
+    build: dict,              # contender -> gives the prompt of an instruction: `prompt_builder`
+    preset: str,              # the official tools will show PRESET-CONTENDER
+) -> dict[str, dict]: # contender -> `model_outputs` in the official format, `finished` in percent
+    "Every contender answers every instruction greedily, in the official file format."
+    prompts = {name: [b(r["instruction"]) for r in instructions] for name, b in build.items()}
+    made = {}
+    for name, answers in answer(prompts).items():
+        outputs = [dict(dataset=r["dataset"], instruction=r["instruction"], output=a.text,
+                        generator=f"{preset}-{name}") for r, a in zip(instructions, answers)]
+        finished = 100 * float(np.mean([a.finished for a in answers]))
+        made[name] = dict(model_outputs=outputs, finished=finished)
+    return made
 
 # %% ../nbs/03c_alpaca.ipynb #03c009
 @functools.cache

@@ -123,7 +123,7 @@ class DecoderWriter(Writer):
         super().__init__(model, tokenizer)
         self.voices = ["base", "tuned"] if hasattr(model, "disable_adapter") else ["base"]
         self.decoder = Decoder(model, self.eos, len(self.voices), max_tokens, max_tokens,
-                               adapted=[voice == "tuned" for voice in self.voices], nucleus=True)
+                               mixed=len(self.voices) > 1, nucleus=True)
         self.cached = {voice: [] for voice in self.voices}  # the text behind each slot's cache
         self.read = 0 # tokens that the last `begin` had to read, for all voices together
 
@@ -138,7 +138,7 @@ class DecoderWriter(Writer):
         many, slots = len(voices), [self.voices.index(voice) for voice in voices]
         self.decoder.active.zero_()  # an answer that was stopped
         self.decoder.prefill(slots, [prompt] * many, [temperature] * many, [draws] * many,
-                             [top_p] * many, kept)
+                             [top_p] * many, kept, [voice == "tuned" for voice in voices])
         for voice in voices: self.cached[voice] = list(prompt)
         self._take(voices)
 

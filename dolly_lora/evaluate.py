@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from .cards import Cards, loaded_run
 from .config import DollyError, Recipe
-from .data import build_prompt, encode_all, normalise
+from .data import encode_all, normalise
+from .engine.reading import next_logits
 from .generate import encode_in_template
-from .models import base_model
 from .results import LossDifference
 
 # %% auto #0
@@ -35,57 +35,46 @@ def drop_long_prompts(
     return kept
 
 def answer_test(
-    answer,             # from `make_answerer`
-    rows: list[dict],   # test records
-    recipe: Recipe,     # `max_new_tokens`
-    build=build_prompt, # gives the prompt of an instruction and its context, see `prompt_builder`
-) -> list[dict]: # instruction, context, category, reference, output, n_tokens, finished
-    "Greedy answers to held-out prompts, beside their references."
-    prompts = [build(r["instruction"], r["context"]) for r in rows]
-    answers = answer(prompts, 0.0, recipe.max_new_tokens)
-    return [dict(instruction=r["instruction"], context=r["context"], category=r["category"],
-                 reference=r["response"], output=a.text, n_tokens=a.n_tokens, finished=a.finished)
-            for r, a in zip(rows, answers)]
+    answer,           # from `make_answerer`
+    rows: list[dict], # test records
+    recipe: Recipe,   # `max_new_tokens`
+    build: dict,      # contender -> gives the prompt of an instruction and its context
+) -> dict[str, list[dict]]: # contender -> instruction, context, category, reference, output, ...
+    "Every contender's greedy answers to held-out prompts, beside their references."
+    prompts = {name: [b(r["instruction"], r["context"]) for r in rows] for name, b in build.items()}
+    def row(r, a):
+        return dict(instruction=r["instruction"], context=r["context"], category=r["category"],
+                    reference=r["response"], output=a.text, n_tokens=a.n_tokens,
+                    finished=a.finished)
+    return {name: [row(r, a) for r, a in zip(rows, answers)]
+            for name, answers in answer(prompts, 0.0, recipe.max_new_tokens).items()}
 
 # %% ../nbs/03_eval.ipynb #i0676716
 @torch.inference_mode()
 def token_losses(
     model,              # causal language model or PeftModel
-    tokenizer,          # for the pad token
+    tokenizer,          # of the model
     rows: list[dict],   # records
     recipe: Recipe,     # `max_length`
-    batch_size: int = 8, # examples in one forward pass
     log=print,          # gets a line every ten seconds
     encode=encode_all,  # or `encode_in_template`
 ) -> np.ndarray: # float64 [len(rows), 2]: summed negative log-probability in nats, response tokens
     "The loss of every record's response, as a sum and a count."
-    def padded(lists, value): # on the right
-        tensors = [torch.tensor(numbers) for numbers in lists]
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True,
-                                               padding_value=value).to(model.device)
     out, shown = np.zeros((len(rows), 2)), time.time()
-    encoded = encode(rows, tokenizer, recipe.max_length)
-    order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]["input_ids"]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start:start + batch_size]
-        examples = [encoded[i] for i in batch]
-        input_ids = padded([e["input_ids"] for e in examples], tokenizer.pad_token_id)
-        # what the model says at position i - 1 is its prediction of token i: the labels lose their
-        # first column and the logits their last, so that the two stand side by side
-        labels = padded([e["labels"] for e in examples], -100)[:, 1:]
-        mask = padded([[1] * len(e["input_ids"]) for e in examples], 0)
-        learnt = labels != -100
-        hook = base_model(model).get_output_embeddings().register_forward_pre_hook(
-            lambda _, inputs: (inputs[0][:, :-1][learnt],))  # no logits that nobody reads
-        try: logits = model(input_ids=input_ids, attention_mask=mask).logits
-        finally: hook.remove()
-        nll = F.cross_entropy(logits.float(), labels[learnt], reduction="none")
-        which = learnt.nonzero()[:, 0].cpu().numpy()  # the example of each response token
-        out[batch, 0] = np.bincount(which, nll.double().cpu().numpy(), len(batch))
-        out[batch, 1] = np.bincount(which, minlength=len(batch))
+    texts, wanted = [], []  # of the records that have a response token
+    for i, example in enumerate(encode(rows, tokenizer, recipe.max_length)):
+        texts.append(example["input_ids"])  # what is said at a token is about the next one
+        wanted.append([at for at, label in enumerate(example["labels"][1:]) if label != -100])
+        out[i, 1] = len(wanted[i])
+    numbers = np.flatnonzero(out[:, 1])
+    predictions = next_logits(model, [texts[i] for i in numbers], [wanted[i] for i in numbers])
+    for done, (number, logits) in enumerate(predictions, 1):
+        i = numbers[number]
+        targets = torch.tensor(texts[i], device=logits.device)[torch.tensor(wanted[i]) + 1]
+        out[i, 0] = F.cross_entropy(logits.float(), targets, reduction="none").double().sum()
         if time.time() - shown > 10:
             shown = time.time()
-            log(f"{start + len(batch):,} of {len(rows):,} records read")
+            log(f"{done:,} of {len(numbers):,} records read")
     return out
 
 # %% ../nbs/03_eval.ipynb #248276f7

@@ -4,7 +4,7 @@
 
 # %% ../nbs/03a_generate.ipynb #03a002
 from __future__ import annotations
-import contextlib, hashlib, json, os, time
+import hashlib, itertools, json, os, time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -23,8 +23,8 @@ from .runs import hold_run
 
 # %% auto #0
 __all__ = ['Answer', 'read_answer', 'ChooseToken', 'generate_plain', 'answer_keys', 'kept_answer', 'encode_prompts',
-           'answer_prompts', 'progress_line', 'generate', 'prompt_builder', 'encode_in_template', 'answer_share',
-           'provenance', 'make_answerer']
+           'answer_prompts', 'progress_line', 'generate', 'prompt_builder', 'encode_in_template', 'provenance',
+           'answer_asked', 'unanswered', 'answer_share', 'make_answerer']
 
 # %% ../nbs/03a_generate.ipynb #03a006
 @dataclass
@@ -67,8 +67,15 @@ def generate_plain(
     max_new_tokens: int,       # longest answer
     slots: int,                # prompts at a time
     todo: Iterable[int],       # numbers of the prompts to answer
+    adapted: list[bool] | None = None, # do the adapters count, prompt by prompt? None: in all
 ) -> Iterator[tuple[int, list[int]]]: # number of a prompt, generated ids
     "Answer prompts with `model.generate`, a batch at a time."
+    if adapted:  # first those without the adapters, then the others
+        voices = [[i for i in todo if not adapted[i]], [i for i in todo if adapted[i]]]
+        how = model, tokenizer, encoded, temperature, draws, max_new_tokens, slots
+        with model.disable_adapter(): yield from generate_plain(*how, voices[0])
+        yield from generate_plain(*how, voices[1])
+        return
     order = sorted(todo, key=lambda i: -len(encoded[i]))
     for start in range(0, len(order), slots):
         batch = order[start:start + slots]
@@ -90,14 +97,14 @@ def answer_keys(
     temperatures: np.ndarray,  # float32 [prompts]
     max_new_tokens: int,       # longest answer
     seed: int,                 # of the sampling
-    provenance: dict | None,   # what else the answers depend on
+    provenance: list[dict | None], # what else each answer depends on
 ) -> list[str]: # 32 hexadecimal digits each
     "Under which keys answers are kept."
     keys = []
-    for prompt, temperature in zip(prompts, temperatures):
+    for prompt, temperature, made_by in zip(prompts, temperatures, provenance):
         decoding = dict(max_new_tokens=max_new_tokens, temperature=float(temperature))
         if temperature: decoding["seed"] = seed
-        text = json.dumps([prompt, provenance, decoding], sort_keys=True)
+        text = json.dumps([prompt, made_by, decoding], sort_keys=True)
         keys.append(hashlib.sha256(text.encode()).hexdigest()[:32])
     return keys
 
@@ -136,6 +143,7 @@ def answer_prompts(
     batch_size: int,          # prompts at a time, at most
     todo: Iterable[int],      # numbers of the prompts to answer
     log,                      # gets a line when memory runs out
+    adapted: list[bool] | None = None,
 ) -> Iterator[tuple[int, Answer]]: # number of a prompt; `DollyError` if one alone is too much
     "Answer prompts the fast way if possible; when memory runs out, with half as many at a time."
     longest = max(map(len, encoded), default=0) + max_new_tokens
@@ -144,7 +152,7 @@ def answer_prompts(
     while left:
         try:
             for i, ids in loop(model, tokenizer, encoded, temperature, draws, max_new_tokens,
-                               batch_size, list(left)):
+                               batch_size, list(left), adapted):
                 del left[i]
                 yield i, read_answer(ids, tokenizer)
         except torch.OutOfMemoryError as e:
@@ -182,11 +190,13 @@ def generate(
     seed: int = 42,            # of the sampling, where there is any
     log=lambda line: None,     # gets a line now and then, for instance `print`
     rows: JsonlCache | None = None,  # finished answers are read from here and added to it
-    provenance: dict | None = None, # what else the answers depend on: model, revision, adapter
+    provenance: dict | list[dict] | None = None, # what else all answers depend on, or each
+    adapted: list[bool] | None = None, # do the adapters count, prompt by prompt? None: as they are
 ) -> list[Answer]: # in the order of `prompts`
     "Answer every prompt once; greedy unless a temperature is given."
     temperatures = np.broadcast_to(np.asarray(temperature, np.float32), len(prompts))
     encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
+    if not isinstance(provenance, list): provenance = [provenance] * len(prompts)
     keys = answer_keys(prompts, temperatures, max_new_tokens, seed, provenance)
     done = {k: answer for k in keys if rows and k in rows and (answer := kept_answer(rows[k]))}
     todo = {}  # key -> number of the first prompt that has it
@@ -195,7 +205,7 @@ def generate(
     draws = [uniform_draws(p, seed, max_new_tokens) if t else np.zeros(max_new_tokens, np.float32)
              for p, t in zip(prompts, temperatures)]
     answers = answer_prompts(model, tokenizer, encoded, temperatures, draws, max_new_tokens,
-                             batch_size, todo.values(), log)
+                             batch_size, todo.values(), log, adapted)
     training = model.training
     model.eval()
     start, shown, tokens = time.time(), time.time(), 0
@@ -246,19 +256,6 @@ def encode_in_template(
         examples.append(dict(input_ids=prompt + response, labels=[-100] * len(prompt) + response))
     return examples
 
-# %% ../nbs/03a_generate.ipynb #1f56c747
-def answer_share(
-    recipe: Recipe, run_dir: Path, # of the run
-    asked: list[tuple],  # prompts and temperatures
-    name: str,           # a key of `CONTENDERS`
-    max_new_tokens: int, # longest answer
-    path: Path,          # of the contender's answers; this process's go to the file beside it
-) -> list[Answer]:
-    "What a helper of `Cards` does for `make_answerer`."
-    mine = card_file(path, int(os.environ["LOCAL_RANK"]))
-    answer = make_answerer(*loaded_run(recipe, run_dir), recipe, run_dir, name, path=mine)
-    return answer([p for p, _ in asked], [t for _, t in asked], max_new_tokens)
-
 # %% ../nbs/03a_generate.ipynb #3a0a0014
 def provenance(
     recipe: Recipe, # base, revision and precision
@@ -271,37 +268,73 @@ def provenance(
                 load_in_4bit=recipe.load_in_4bit,
                 adapter=file_sha256(adapter)[:16] if name == "tuned" else None)
 
+# %% ../nbs/03a_generate.ipynb #07a91dda
+def answer_asked(
+    model, tokenizer,    # from `load_tuned` and `load_tokenizer`
+    recipe: Recipe,      # decoding limits and seed
+    run_dir: Path,       # holds the adapter
+    asked: list[tuple],  # (contender, prompt, temperature)
+    max_new_tokens: int, # longest answer
+    rows: JsonlCache,    # finished answers are read from here and added to it
+    log=print,           # gets the progress lines
+) -> list[Answer]: # in the order of `asked`
+    "Answers of several contenders, in one pass."
+    names, prompts, temperatures = map(list, zip(*asked)) if asked else ([], [], [])
+    made_by = {name: provenance(recipe, run_dir, name) for name in set(names)}
+    return generate(model, tokenizer, prompts, max_new_tokens, recipe.generation_batch_size,
+                    temperatures, recipe.seed, log, rows, [made_by[name] for name in names],
+                    adapted=[name == "tuned" for name in names])
+
+def unanswered(
+    model, tokenizer, recipe: Recipe, run_dir: Path, asked: list[tuple], # as in `answer_asked`
+    max_new_tokens: int, # longest answer
+    rows: JsonlCache,    # finished answers
+) -> dict[tuple, int]: # those of `asked` that have no answer, each once -> tokens of the prompt
+    "What several cards have to share."
+    names, prompts, temperatures = map(list, zip(*asked)) if asked else ([], [], [])
+    made_by = {name: provenance(recipe, run_dir, name) for name in set(names)}
+    keys = answer_keys(prompts, temperatures, max_new_tokens, recipe.seed,
+                       [made_by[name] for name in names])
+    encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
+    new = {key: (one, len(ids)) for key, one, ids in zip(keys, asked, encoded)
+           if key not in rows or not kept_answer(rows[key])}
+    return dict(new.values())
+
+# %% ../nbs/03a_generate.ipynb #1f56c747
+def answer_share(
+    recipe: Recipe, run_dir: Path, # of the run
+    asked: list[tuple],  # (contender, prompt, temperature)
+    max_new_tokens: int, # longest answer
+    path: Path,          # of the answers; this process's go to the file beside it
+) -> list[Answer]:
+    "What a helper of `Cards` does for `make_answerer`."
+    rows = JsonlCache(card_file(path, int(os.environ["LOCAL_RANK"])))
+    return answer_asked(*loaded_run(recipe, run_dir), recipe, run_dir, asked, max_new_tokens, rows)
+
+# %% ../nbs/03a_generate.ipynb #1364f134
 def make_answerer(
     model, tokenizer, # from `load_tuned` and `load_tokenizer`
     recipe: Recipe,   # decoding limits and seed
     run_dir: Path,    # answers go to RUN_DIR/answers/NAME.jsonl
-    name: str,        # a key of `CONTENDERS`
     log=print,        # gets the progress lines
     cards: Cards | None = None, # share the prompts; None: this process answers them all
-    path: Path | None = None,   # where answers are kept, if not there
-): # a function: prompts, temperatures (0), max_new_tokens (recipe.benchmark_tokens) to Answers
-    "How a contender answers in this run: each prompt once."
-    path = path or Path(run_dir) / "answers" / f"{name}.jsonl"
-    made_by = provenance(recipe, run_dir, name)
+): # a function: {contender: prompts}, temperatures of each one's prompts (0), max_new_tokens
+   # (recipe.benchmark_tokens) to {contender: Answers}
+    "How the contenders answer in this run: all together, each prompt once."
+    path = Path(run_dir) / "answers" / "answers.jsonl"
     def answer(prompts, temperatures=0.0, max_new_tokens=recipe.benchmark_tokens):
-        temperatures = np.broadcast_to(np.asarray(temperatures, np.float32), len(prompts))
-        def own(asked, rows, log=log): # pairs of a prompt and its temperature
-            adapter = contextlib.nullcontext() if name == "tuned" else model.disable_adapter()
-            with adapter:
-                return generate(model, tokenizer, [p for p, _ in asked], max_new_tokens,
-                                recipe.generation_batch_size, [t for _, t in asked], recipe.seed,
-                                log, rows, made_by)
+        asked = [(name, prompt, float(t)) for name, own in prompts.items()
+                 for prompt, t in zip(own, np.broadcast_to(temperatures, len(own)))]
+        how = model, tokenizer, recipe, run_dir
         with hold_run(run_dir):
-            rows, asked = gather_rows(path), list(zip(prompts, temperatures))
+            rows = gather_rows(path)
             if cards and cards.number > 1:
-                keys = answer_keys(prompts, temperatures, max_new_tokens, recipe.seed, made_by)
-                encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
-                new = {key: (pair, len(ids)) for key, pair, ids in zip(keys, asked, encoded)
-                       if key not in rows or not kept_answer(rows[key])}
-                pairs, sizes = [pair for pair, _ in new.values()], [n for _, n in new.values()]
-                cards.map(lambda part: own(part, rows, cards.first_card(log)),
-                          "dolly_lora.generate:answer_share", pairs, sizes, name, max_new_tokens,
-                          path)
+                new = unanswered(*how, asked, max_new_tokens, rows)
+                own_log = cards.first_card(log)
+                cards.map(lambda part: answer_asked(*how, part, max_new_tokens, rows, own_log),
+                          "dolly_lora.generate:answer_share", list(new), list(new.values()),
+                          max_new_tokens, path)
                 rows = gather_rows(path)
-            return own(asked, rows)
+            answers = iter(answer_asked(*how, asked, max_new_tokens, rows, log))
+        return {name: list(itertools.islice(answers, len(own))) for name, own in prompts.items()}
     return answer

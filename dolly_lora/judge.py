@@ -14,10 +14,11 @@ import httpx
 import torch
 from .cards import card_file, Cards, gather_rows, loaded_run
 from .config import DollyError, Recipe, redact
+from .engine.reading import next_logits
 from .files import file_sha256, JsonlCache, publish
 from .generate import weights_fingerprint
 from .models import (
-    base_model, explain_unreadable, load_base, load_tokenizer, locate_base, RANDOM_SHAPES)
+    explain_unreadable, load_base, load_tokenizer, locate_base, RANDOM_SHAPES)
 
 # %% auto #0
 __all__ = ['PRICES', 'Question', 'Reply', 'Judge', 'Scripted', 'reply_key', 'kept_reply', 'ask_new', 'judge_share', 'ask',
@@ -314,27 +315,19 @@ def choice_logprobs(
 # %% ../nbs/03b_judge.ipynb #i1728616
 @torch.inference_mode()
 def next_token_logprobs(
-    model,                          # a causal language model
+    model,                          # a causal language model or PeftModel
     contexts: set[tuple[int, ...]], # token ids
-    tokens: int,                    # in a forward pass, padding included
+    tokens: int,                    # in a forward pass
 ) -> dict[tuple[int, ...], torch.Tensor]: # context -> [vocabulary], float32, on the CPU
     "Log-probabilities of the token after each context."
+    inside = []  # contexts that the longest of them begins with, which comes first
+    for context in sorted(contexts, reverse=True):
+        if inside and inside[-1][0][:len(context)] == context: inside[-1].append(context)
+        else: inside.append([context])
+    wanted = [[len(context) - 1 for context in one] for one in inside]
     out = {}
-    waiting = sorted(contexts, key=len)
-    while waiting:
-        n = 1
-        while n < len(waiting) and (n + 1) * len(waiting[n]) <= tokens: n += 1
-        batch, waiting = waiting[:n], waiting[n:]
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for c in batch], batch_first=True)
-        ids = ids.to(model.device)
-        last = (range(n), [len(c) - 1 for c in batch])
-        # the output layer reads each context's last token only; whatever the model does to the
-        # logits after it, a scale or a cap, it still does
-        hook = model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, inputs: (inputs[0][last],))
-        try: logits = model(input_ids=ids, use_cache=False).logits
-        finally: hook.remove()
-        out |= dict(zip(batch, logits.float().log_softmax(-1).cpu()))
+    for i, logits in next_logits(model, [one[0] for one in inside], wanted, tokens):
+        out |= dict(zip(inside[i], logits.float().log_softmax(-1).cpu()))
     return out
 
 # %% ../nbs/03b_judge.ipynb #i1728622
@@ -391,7 +384,7 @@ class LocalJudge:
             for choice in ids:
                 for k in range(len(choice)): contexts.add(prompt + choice[:k])
         with getattr(self.model, "disable_adapter", contextlib.nullcontext)():
-            after = next_token_logprobs(base_model(self.model), contexts, self.tokens)
+            after = next_token_logprobs(self.model, contexts, self.tokens)
         for question, prompt, ids, short_enough in zip(questions, prompts, choices, fits):
             if short_enough:
                 yield Reply(logprobs=choice_logprobs(prompt, question.choices, ids, after))

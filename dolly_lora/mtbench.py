@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from .alpaca import content_sha256
 from .config import project_root, sample_path, short_path
-from .data import build_conversation, DataError
+from .data import DataError
 from .figures import figure_text
 from .files import read_jsonl
 from .judge import ask, fetch, Question, Reply
@@ -120,27 +120,29 @@ def load_references(
 
 # %% ../nbs/03d_mtbench.ipynb #03d018
 def answer_mtbench(
-    generate,              # called with prompts and temperatures; returns an `Answer` for each
+    answer,                # from `make_answerer`
     questions: list[dict], # from `load_questions`
-    model_id: str,         # the name the official tools will show
-    eos_token: str,        # the tokenizer's end token, as text; stands after an earlier answer
-    build=None,            # gives the prompt of an instruction and `turns`; default: the course's
-) -> dict: # `rows` in the official format, and the share `finished` in percent
-    "Answer both turns of every question, the second on the model's own first."
+    build: dict,           # contender -> gives the prompt of an instruction and `turns`
+    preset: str,           # the official tools will show PRESET-CONTENDER
+) -> dict[str, dict]: # contender -> `rows` in the official format, `finished` in percent
+    "Every contender answers both turns of every question, the second on its own first."
     # 0.7 for other categories, as in FastChat
     temperatures = [MTBENCH_TEMPERATURE.get(q["category"], 0.7) for q in questions]
-    def course_prompt(instruction, turns): return build_conversation(turns, instruction, eos_token)
-    build = build or course_prompt
-    first = generate([build(q["turns"][0], turns=[]) for q in questions], temperatures)
-    prompts = [build(q["turns"][1], turns=[(q["turns"][0], a.text)])
-               for q, a in zip(questions, first)]
-    second = generate(prompts, temperatures)
-    rows = []
-    for q, a, b in zip(questions, first, second):
-        answer_id = hashlib.sha256(f"{model_id} {q['question_id']}".encode()).hexdigest()[:22]
-        rows.append(dict(question_id=q["question_id"], answer_id=answer_id, model_id=model_id,
-                         choices=[dict(index=0, turns=[a.text, b.text])], tstamp=0))
-    return dict(rows=rows, finished=100 * float(np.mean([a.finished for a in [*first, *second]])))
+    first = answer({name: [b(q["turns"][0], turns=[]) for q in questions]
+                    for name, b in build.items()}, temperatures)
+    second = answer({name: [b(q["turns"][1], turns=[(q["turns"][0], a.text)])
+                            for q, a in zip(questions, first[name])]
+                     for name, b in build.items()}, temperatures)
+    made = {}
+    for name in build:
+        model_id, rows, both = f"{preset}-{name}", [], [first[name], second[name]]
+        for q, a, b in zip(questions, *both):
+            answer_id = hashlib.sha256(f"{model_id} {q['question_id']}".encode()).hexdigest()[:22]
+            rows.append(dict(question_id=q["question_id"], answer_id=answer_id, model_id=model_id,
+                             choices=[dict(index=0, turns=[a.text, b.text])], tstamp=0))
+        finished = 100 * float(np.mean([a.finished for turn in both for a in turn]))
+        made[name] = dict(rows=rows, finished=finished)
+    return made
 
 # %% ../nbs/03d_mtbench.ipynb #03d023
 # the judge of the published scores: https://github.com/lm-sys/FastChat, llm_judge/gen_judgment.py

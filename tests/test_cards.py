@@ -59,10 +59,11 @@ def test_three_cards_say_what_one_says(tiny_run, loaded, run, three):
     alone = run.parent / "alone"
     records = [record for _, record in read_jsonl(tiny_run[0] / "data/test.jsonl")]
     shutil.copytree(run / "adapter", alone / "adapter")
+    answer, same = [make_answerer(*loaded, RECIPE, folder, quiet, cards)
+                    for folder, cards in ((run, three), (alone, None))]
+    both = dict(base=PROMPTS, tuned=PROMPTS)
+    assert answer(both, TEMPERATURES) == same(both, TEMPERATURES)
     for name in "base", "tuned":
-        answer, same = [make_answerer(*loaded, RECIPE, folder, name, quiet, cards)
-                        for folder, cards in ((run, three), (alone, None))]
-        assert answer(PROMPTS, TEMPERATURES) == same(PROMPTS, TEMPERATURES)
         losses = contender_losses(*loaded, records, RECIPE, name, three)
         np.testing.assert_allclose(losses, contender_losses(*loaded, records, RECIPE, name),
                                    rtol=1e-5)
@@ -75,14 +76,14 @@ def test_three_cards_say_what_one_says(tiny_run, loaded, run, three):
     np.testing.assert_allclose(two, contender_losses(*loaded, records[:2], RECIPE, "tuned"),
                                rtol=1e-5)
     # all of it lies where one process would have put it
-    for name, rows in ("answers/tuned", 12), ("answers/base", 12), ("replies", 9):
+    for name, rows in ("answers/answers", 24), ("replies", 9):
         assert len(JsonlCache(run / f"{name}.jsonl").rows) == rows
     assert not [*run.rglob("*.card*")]
 
 
 def test_what_a_killed_helper_had_finished_is_not_asked_again(loaded, run):
     recipe = replace(RECIPE, gpus=2, generation_batch_size=1, benchmark_tokens=64)
-    cards, path = Cards(recipe, run), run / "answers/tuned.jsonl"
+    cards, path = Cards(recipe, run), run / "answers/answers.jsonl"
     theirs = card_file(path, 1)
 
     def kill():
@@ -90,16 +91,16 @@ def test_what_a_killed_helper_had_finished_is_not_asked_again(loaded, run):
         cards.workers[0].kill()
 
     threading.Thread(target=kill, daemon=True).start()
-    answer = make_answerer(*loaded, recipe, run, "tuned", quiet, cards)
+    answer = make_answerer(*loaded, recipe, run, quiet, cards)
     prompts = [f"Count to {n}, slowly." for n in range(40)]
     said = "another card ended; see .*workers.log; run the same"
     with pytest.raises(DollyError, match=said) as e:
-        answer(prompts)
+        answer(dict(tuned=prompts))
     assert "\n" not in str(e.value) and not cards.workers
     finished = JsonlCache(path).rows | JsonlCache(theirs).rows
     assert 20 < len(finished) < 40  # this process's half, and some of the other's
 
-    answers = answer(prompts)  # starts another helper
+    answers = answer(dict(tuned=prompts))["tuned"]  # starts another helper
     assert len(answers) == 40 and not theirs.exists()
     lines = path.read_text().splitlines()
     keys = [json.loads(line)["key"] for line in lines]
@@ -113,8 +114,9 @@ def test_what_is_wrong_in_a_helper_is_its_own_line(run):
     shutil.rmtree(run / "adapter")
     two = Cards(replace(RECIPE, gpus=2), run)
     with pytest.raises(DollyError, match="no adapter_model.safetensors"):
-        two.map(lambda part: part, "dolly_lora.generate:answer_share", PROMPTS, [1] * 12, "tuned",
-                8, run / "answers/tuned.jsonl")
+        two.map(lambda part: part, "dolly_lora.generate:answer_share",
+                [("tuned", prompt, 0.0) for prompt in PROMPTS], [1] * 12, 8,
+                run / "answers/answers.jsonl")
     assert not two.workers
 
 
@@ -150,9 +152,8 @@ def test_an_evaluation_by_two_is_the_evaluation_by_one(tiny_run, tmp_path):
     papermill.execute_notebook(
         ROOT / "nbs/03_eval.ipynb", tmp_path / "03.ipynb", cwd=ROOT / "nbs", progress_bar=False,
         parameters=dict(preset="tiny", run_dir=str(folder), overrides="gpus=2"))
-    for name in "base", "tuned":
-        ours, theirs = [JsonlCache(f / f"answers/{name}.jsonl").rows for f in (folder, before)]
-        assert ours == theirs
+    ours, theirs = [JsonlCache(f / "answers/answers.jsonl").rows for f in (folder, before)]
+    assert ours == theirs
     ours, theirs = [json.loads((f / "metrics.json").read_text()) for f in (folder, before)]
     for name in "base", "tuned":
         assert ours["test"][name] == pytest.approx(theirs["test"][name])

@@ -103,7 +103,7 @@ def same_end(folder, whole):
     for name in theirs:
         assert ours[name] == theirs[name], name
     assert not [p for p in folder.rglob("*.part*")]
-    for name in "answers/base.jsonl", "answers/tuned.jsonl", "judgments/replies.jsonl":
+    for name in "answers/answers.jsonl", "judgments/replies.jsonl":
         keys = [json.loads(line)["key"] for line in (folder / name).read_text().splitlines()]
         assert len(keys) == len(set(keys)), name  # nothing was made twice
 
@@ -128,7 +128,7 @@ def test_killed_in_every_stage(tiny_run, tmp_path):
     middle = {
         "01 writes": lambda said: (folder / "data/train.jsonl").exists(),
         "02 steps": lambda said: any("step     4/6" in line for line in said),
-        "03 answers": lambda said: lines(folder / "answers/tuned.jsonl") > 4,
+        "03 answers": lambda said: lines(folder / "answers/answers.jsonl") > 4,
     }
     for name, condition in middle.items():
         process = start("run", "tiny", "--run-dir", folder)

@@ -11,6 +11,7 @@ import pytest
 
 import dolly_lora.mtbench as mtbench
 from dolly_lora.config import DollyError
+from dolly_lora.data import build_conversation
 from dolly_lora.generate import Answer
 from dolly_lora.judge import Reply, Scripted
 from dolly_lora.mtbench import (
@@ -298,12 +299,16 @@ def test_figures_of_models_without_a_rating_and_with_names_that_are_formulas():
 
 # Answers
 
+def build(instruction, turns): return build_conversation(turns, instruction, "</s>")
+
+
 def test_temperatures_and_the_second_prompt():
     calls, questions = [], load_questions("sample")
-    def generate(prompts, temperatures):
-        calls.append((prompts, dict(zip([q["category"] for q in questions], temperatures))))
-        return [Answer(f"turn {len(calls)} of {i}", 3, i != 0) for i in range(len(prompts))]
-    result = answer_mtbench(generate, questions, "me", "</s>")
+    def answer(prompts, temperatures):
+        calls.append((prompts["me"], dict(zip([q["category"] for q in questions], temperatures))))
+        return {name: [Answer(f"turn {len(calls)} of {i}", 3, i != 0) for i in range(len(own))]
+                for name, own in prompts.items()}
+    result = answer_mtbench(answer, questions, dict(me=build, you=build), "p")["me"]
     expected = dict(writing=0.7, roleplay=0.7, stem=0.1, humanities=0.1, reasoning=0.0, math=0.0,
                     coding=0.0, extraction=0.0)
     assert len(calls) == 2 and all(t == expected for _, t in calls)
@@ -448,9 +453,10 @@ def test_fastchat_reads_our_files_and_prints_the_same_numbers(tmp_path):
     questions, references = load_questions("sample"), load_references("sample")
     models, answers = ("model-a", "model-b"), []
     for m in models:
-        def generate(prompts, temperatures):
-            return [Answer(f"{m} {len(p)}\u2028é", 2, True) for p in prompts]
-        made = answer_mtbench(generate, questions, m, "</s>")["rows"]
+        def answer(prompts, temperatures):
+            return {name: [Answer(f"model-{name} {len(p)}\u2028é", 2, True) for p in own]
+                    for name, own in prompts.items()}
+        made = answer_mtbench(answer, questions, {m[-1]: build}, "model")[m[-1]]["rows"]
         dump(tmp_path / f"answers/{m}.jsonl", made)
         answers += made
     def noisy(question):

@@ -113,7 +113,7 @@ def test_a_finished_stage_that_does_new_work_gets_another_part(stages):
     folder, acts, clock = stages
     assert cli.run("tiny", str(folder)) == 0
     first = clock()
-    acts["03_eval"] = lambda: write_json(folder / "answers/tuned.jsonl", "one more answer")
+    acts["03_eval"] = lambda: write_json(folder / "answers/answers.jsonl", "one more answer")
     assert cli.run("tiny", str(folder)) == 0
     now = clock()
     assert now["03_eval"]["parts"] == 2 and now["03_eval"]["finished"]

@@ -321,12 +321,12 @@ def test_another_process_s_run_folder_is_not_written_to(tmp_path):
                          stdout=subprocess.PIPE, text=True)
     try:
         assert p.stdout.readline() == "held\n"
-        answer = make_answerer(None, None, TINY, run, "base")
+        answer = make_answerer(None, None, TINY, run)
         for write in (lambda: verdicts.judge_answers(a_judge(), TINY, run, RECORDS),
                       lambda: verdicts.keep_verdicts(run, "j", None),
                       lambda: verdicts.keep_judgment(run, None),
                       lambda: verdicts.keep_metrics(run, Metrics()),
-                      lambda: answer(["x"])):
+                      lambda: answer(dict(base=["x"]))):
             with pytest.raises(DollyError, match=f"in use by process {p.pid} on"): write()
     finally: p.communicate("")
 

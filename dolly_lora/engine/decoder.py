@@ -11,11 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from ..config import DollyError
-from .blocks import (
-    angles_at, hidden_states, hold_weights, is_decodable, llama_blocks, lora_rank, output_logits)
 from .graphs import GraphRecorder
-from .kernels import jit, next_power_of_2, operations, tl
+from .kernels import jit, next_power_of_2, tl
 from .packing import attend, pack
+from .reading import Reader
 from ..hardware import free_memory
 from ..models import base_model, head_dim
 
@@ -189,36 +188,23 @@ class Decoder:
     graph: torch.cuda.CUDAGraph | None # a recorded step; None: each step is launched
 
     def __init__(self,
-        model,               # `DollyError` unless `is_decodable`; later adapter changes are ignored
+        model,               # for a `Reader`; later changes of the adapters are ignored
         eos: int,            # the end token
         slots: int,          # answers at a time
         capacity: int,       # tokens of prompt and answer together, at most
         max_new_tokens: int, # of an answer
         keep_weights: bool = True, # hold NF4 weights dequantised
-        adapted: list[bool] | None = None, # do the adapters count, slot by slot? None: in all
+        mixed: bool = False,   # will `prefill` be given `adapted`?
         nucleus: bool = False, # will `prefill` be given `top_p`?
     ):
-        if not is_decodable(model, capacity):
-            raise DollyError(f"a Decoder computes a Llama without adapters, or with one plain LoRA "
-                             f"adapter on all its linears, for texts of up to {capacity:,} tokens, "
-                             f"and this model is something else: `generate` finds the way to "
-                             f"answer for it")
-        ops = operations(model.device, lora_rank(model))
-        self.base, self.eos, self.graph = base_model(model), eos, None
-        self.fixed = 2048 if ops.fused else 0  # tokens of a packed prompt batch; 0: as they come
-        self.attend = _attend_cached_triton if ops.fused else attend_cached
-        device, dtype = self.base.device, self.base.lm_head.weight.dtype
-        self.blocks, self.groups = llama_blocks(self.base, ops)
-        hold_weights(self.groups, keep_weights, dtype)
-        self.adapted = None if adapted is None else torch.tensor(adapted).to(device, dtype)
-        for g in self.groups:
-            if g.A:
-                low = torch.cat([p.detach().flatten() for p in g.A + g.B]).to(dtype)
-                g.bind(0, low, low)
+        self.reader, self.eos, self.graph = Reader(model, capacity, keep_weights), eos, None
+        device, dtype, fused = self.reader.device, self.reader.dtype, self.reader.ops.fused
+        self.fixed = 2048 if fused else 0  # tokens of a packed prompt batch; 0: as they come
+        self.attend = _attend_cached_triton if fused else attend_cached
 
         def zeros(*shape, dtype=torch.int64): return torch.zeros(shape, dtype=dtype, device=device)
-        first = self.blocks[0]
-        self.cache = zeros(len(self.blocks), 2, slots, first.key_heads, capacity, first.head_dim,
+        first = self.reader.blocks[0]
+        self.cache = zeros(len(self.reader.blocks), 2, slots, first.key_heads, capacity, first.head_dim,
                            dtype=dtype)
         self.slot = torch.arange(slots, device=device)
         self.tokens, self.kv_lengths, self.count = zeros(slots), zeros(slots), zeros(slots)
@@ -226,9 +212,10 @@ class Decoder:
         self.limit = zeros(slots)
         self.temperature = zeros(slots, dtype=torch.float32)
         self.top_p = zeros(slots, dtype=torch.float32) + 1 if nucleus else None
+        self.adapted = zeros(slots, dtype=dtype) if mixed else None
         self.draws = zeros(slots, max_new_tokens, dtype=torch.float32)
         self.active = zeros(slots, dtype=torch.bool)
-        if ops.fused:  # recorded while no slot is at work: nothing changes
+        if fused:  # recorded while no slot is at work: nothing changes
             with torch.inference_mode():
                 advance = lambda: self._advance(capacity)
                 self.graph = GraphRecorder().record(advance, warm_up=advance)
@@ -242,6 +229,7 @@ class Decoder:
         draws,                    # float32 [new tokens, at most] a prompt, from `uniform_draws`
         top_p: list[float] | None = None, # one number a prompt, see `choose`
         kept: list[int] | None = None, # tokens of each prompt that its slot's cache begins with
+        adapted: list[bool] | None = None, # do the adapters count, prompt by prompt? None: in all
     ):
         "Read prompts into slots and take their first tokens."
         draws, lengths = np.asarray(draws, np.float32), torch.tensor([len(p) for p in prompts])
@@ -250,7 +238,10 @@ class Decoder:
             raise DollyError(f"a prompt of {longest:,} tokens and {wanted:,} new ones "
                              f"exceed the {capacity:,} tokens of a slot")
         device = self.cache.device
-        last = self.cache.new_zeros(len(self.slot), self.base.config.hidden_size)
+        last = self.cache.new_zeros(len(self.slot), self.reader.base.config.hidden_size)
+        if self.adapted is not None:
+            counts = torch.tensor(adapted or [True] * len(slots))
+            self.adapted[torch.tensor(slots, device=device)] = counts.to(self.adapted)
         if kept is None:
             for numbers in in_batches(lengths.tolist(), self.fixed or 10**9):
                 chosen = [slots[j] for j in numbers]
@@ -301,9 +292,7 @@ class Decoder:
 
     def _hidden(self, ids, positions, slot, attention): # of tokens that belong to these slots
         share = None if self.adapted is None else self.adapted[slot][:, None]
-        for g in self.groups: g.share = share
-        return hidden_states(self.base, self.blocks, ids, angles_at(self.base, positions),
-                             attention)
+        return self.reader.hidden(ids, positions, attention, share)
 
     @torch.inference_mode()
     def step(self):
@@ -322,8 +311,8 @@ class Decoder:
 
     def _take(self, hidden, who): # the next token of the slots `who`, from their last hidden state
         at = self.count.clamp(max=self.out.shape[1] - 1)
-        chosen = choose(output_logits(self.base, self.blocks, hidden), self.temperature,
-                        self.draws[self.slot, at], self.top_p)
+        chosen = choose(self.reader.logits(hidden), self.temperature, self.draws[self.slot, at],
+                        self.top_p)
         chosen = torch.where(who, chosen, self.tokens)
         self.out[self.slot, at] = torch.where(who, chosen, self.out[self.slot, at])
         self.tokens.copy_(chosen)
@@ -390,12 +379,13 @@ def decode_all(
     max_new_tokens: int, # of an answer
     slots: int,          # answers at a time, at most
     todo: Iterable[int], # numbers of the prompts to answer
+    adapted: list[bool] | None = None, # do the adapters count, prompt by prompt? None: in all
 ) -> Iterator[tuple[int, list[int]]]: # (number, token ids of the answer), as they are finished
     "Answer prompts; `torch.OutOfMemoryError` says with its `slots` how many were too many."
     slots, capacity, keep_weights = plan_slots(
         model, [len(e) for e in encoded], max_new_tokens, slots)
     try: decoder = Decoder(model, tokenizer.eos_token_id, slots, capacity, max_new_tokens,
-                           keep_weights)
+                           keep_weights, mixed=adapted is not None)
     except torch.OutOfMemoryError as e:
         e.slots = slots
         raise
@@ -407,7 +397,8 @@ def decode_all(
             numbers = list(new.values())
             decoder.prefill(list(new), [encoded[i] for i in numbers],
                             [temperature[i] for i in numbers],
-                            np.stack([draws[i] for i in numbers]))
+                            np.stack([draws[i] for i in numbers]),
+                            adapted=adapted and [adapted[i] for i in numbers])
             at_work |= new
         for _ in range(8 if decoder.graph else 1): decoder.step()
         active, count = decoder.active.tolist(), decoder.count.tolist()
