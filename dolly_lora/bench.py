@@ -30,11 +30,12 @@ from .runs import start_run
 from .trainer import collate, DollyTrainer, training_arguments
 
 # %% auto #0
-__all__ = ['METHODS', 'KERNEL_KINDS', 'SLOTS', 'step_flops', 'wait_for_device', 'median_seconds', 'matrix_rate', 'bench_engine',
-           'needs_only_lengths', 'embedded_lengths', 'made_up_examples', 'bench_examples', 'bench_tokenizer',
-           'stock_trainer', 'bench_trainer', 'StepClock', 'kernel_kind', 'gpu_seconds', 'memory_left_behind',
-           'measure_step', 'measure_share', 'measure_shared', 'bench', 'memory_rate', 'bytes_to_read', 'bench_prompts',
-           'write_all', 'write_share', 'time_answers', 'check_peers', 'bench_generate', 'bench_chat']
+__all__ = ['METHODS', 'KERNEL_KINDS', 'SLOTS', 'step_flops', 'wait_for_device', 'median_seconds', 'matrix_rate', 'own_method',
+           'bench_engine', 'needs_only_lengths', 'embedded_lengths', 'made_up_examples', 'bench_examples',
+           'bench_tokenizer', 'stock_trainer', 'bench_trainer', 'StepClock', 'kernel_kind', 'gpu_seconds',
+           'memory_left_behind', 'measure_step', 'measure_share', 'measure_shared', 'bench', 'memory_rate',
+           'bytes_to_read', 'bench_prompts', 'write_all', 'write_share', 'time_answers', 'check_peers',
+           'bench_generate', 'bench_chat']
 
 # %% ../nbs/02f_bench.ipynb #02d005
 def step_flops(
@@ -85,9 +86,16 @@ METHODS = {  # name -> what it is
     "by hand": "forward and backward written by hand, weights dequantised when needed",
     "weights kept": "the same, weights dequantised once",
     "speed": "the same, replayed as CUDA graphs",
-    "frugal": "activations computed again, weights dequantised when needed, replayed"}
+    "frugal": "activations computed again, weights dequantised when needed, replayed",
+    "fp8": "as speed, frozen products in FP8 (Hopper and later)"}
 
 # %% ../nbs/02f_bench.ipynb #6be1d4a8
+def own_method(
+    recipe: Recipe, # `memory` and `precision`
+) -> str: # a key of `METHODS`, or `auto`
+    "The method that a training of this recipe uses."
+    return "fp8" if recipe.precision == "fp8" else recipe.memory
+
 def bench_engine(
     method: str,    # a key of `METHODS` but `stock`, or `auto`
     model,          # PeftModel, adapters in float32
@@ -98,10 +106,12 @@ def bench_engine(
         flat = FlatParameters(p for p in model.parameters() if p.requires_grad)
         plan = MemoryPlan(keep_weights=False, recompute=False, token_budget=6144)
         return PackedModel(model, flat, plan)
+    recipe = replace(recipe, memory="speed", precision="auto")
     if method in ("by hand", "weights kept"):
-        plan = plan_memory(model, replace(recipe, memory="speed"))
+        plan = plan_memory(model, recipe)
         plan = replace(plan, keep_weights=method == "weights kept")
         return FusedLlama(model, plan, graphs=False)
+    if method == "fp8": return make_engine(model, replace(recipe, precision="fp8"))
     return make_engine(model, replace(recipe, memory=method))
 
 # %% ../nbs/02f_bench.ipynb #i1776350
@@ -325,7 +335,7 @@ def measure_share(
     "Measure as one of several processes."
     asked = read_json(folder / "bench.json")
     data = bench_examples(recipe, asked["steps"])
-    row = measure_step(recipe.memory, recipe, data, asked["rate"])
+    row = measure_step(own_method(recipe), recipe, data, asked["rate"])
     if torch.distributed.get_rank() == 0: write_json(folder / "row.json", row)
 
 # %% ../nbs/02f_bench.ipynb #a3061a80
@@ -367,7 +377,8 @@ def bench(
                  tokens_per_step=sum(len(ids) for ids in data["input_ids"]) / steps,
                  matrix_tflops=rate / 1e12)
     table = []
-    for method in [p for p in peers if p != recipe.memory] + [recipe.memory]:
+    own = own_method(recipe)
+    for method in [p for p in peers if p != own] + [own]:
         table.append(measure_step(method, recipe, data, rate) | about)
         log(table[-1])
     if processes > 1:

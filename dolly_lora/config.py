@@ -40,6 +40,7 @@ class Recipe:
     lora_dropout: float = 0.05           # on the adapters' input
     batch_size: int = 16                 # examples an optimizer step
     memory: str = "auto"                 # keep activations (`speed`), do not (`frugal`), or `auto`
+    precision: str = "auto"              # of frozen products: the card's 16 bits, or `fp8` (Hopper)
     epochs: float = 3.0                  # passes over the training split
     max_steps: int = 0                   # stop after this many optimizer steps (0: as epochs say)
     learning_rate: float = 2e-4          # peak, reached after warmup, then a cosine to zero
@@ -72,6 +73,10 @@ def check_recipe(
         raise ConfigError(f"train_on={r.train_on!r}: choose response or all")
     if r.memory not in ("auto", "speed", "frugal"):
         raise ConfigError(f"memory={r.memory!r}: choose auto, speed or frugal")
+    if r.precision not in ("auto", "fp8"):
+        raise ConfigError(f"precision={r.precision!r}: choose auto or fp8")
+    if r.precision == "fp8" and r.memory == "frugal":
+        raise ConfigError("precision=fp8 holds all weights, memory=frugal none: choose one of them")
     not_elementwise = ("adafactor|galore|lomo|adalomo|grokadamw|apollo|"
                        "stable_adamw|schedule_free|muon")
     if re.match(not_elementwise, r.optimizer):

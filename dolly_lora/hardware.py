@@ -8,7 +8,8 @@ import os, sys
 import torch
 
 # %% auto #0
-__all__ = ['device', 'device_name', 'is_ampere', 'multiplies_bf16', 'compute_dtype', 'free_memory', 'peak_memory']
+__all__ = ['device', 'device_name', 'is_ampere', 'multiplies_fp8', 'multiplies_bf16', 'compute_dtype', 'free_memory',
+           'peak_memory']
 
 # %% ../nbs/00e_hardware.ipynb #g95022ff
 def device() -> str: # "cuda:0" or "cpu"; under torchrun each process gets a card of its own
@@ -31,6 +32,12 @@ def is_ampere(
     if device is not None and torch.device(device).type != "cuda":
         return False
     return torch.cuda.get_device_capability(device)[0] >= 8
+
+def multiplies_fp8(
+    device=None, # of a tensor or a model; default: the current card
+) -> bool: # False on a CPU
+    "Is this a card of compute capability 8.9 or more, which multiplies 8-bit numbers?"
+    return is_ampere(device) and torch.cuda.get_device_capability(device) >= (8, 9)
 
 def multiplies_bf16() -> bool:
     "Has this CPU instructions for bf16 products (AVX512-BF16 or AMX)?"

@@ -591,7 +591,8 @@ def fit(
         trainer = None  # or its memory would stay in use
         gc.collect()
         torch.cuda.empty_cache()
-        if attempt.memory == "auto": attempt = replace(attempt, memory="frugal")
+        if attempt.memory == "auto" and attempt.precision == "auto":
+            attempt = replace(attempt, memory="frugal")
         elif shrink < 16: shrink *= 2
         else:
             raise DollyError(f"out of GPU memory with rows of one example: set memory=frugal or a "

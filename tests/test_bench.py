@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from conftest import cli
 from dolly_lora import bench
-from dolly_lora.config import PRESETS, ConfigError, resolve, sample_path
+from dolly_lora.config import PRESETS, ConfigError, DollyError, resolve, sample_path
 from dolly_lora.data import build_prompt, clean, encode_all, load_dolly, split
 from dolly_lora.files import read_json
+from dolly_lora.models import add_lora, tiny_model
 
 RANDOM = replace(PRESETS["llama2"], base="random-7b", revision="")
 PLACES = ["huggingface_hub.hf_hub_download", "huggingface_hub.snapshot_download",
@@ -83,6 +84,21 @@ def test_the_whole_measurement_asks_nobody_for_anything(no_hub, small_shape):
     rows = bench.bench_generate(recipe, ["transformers"], prompts=4, new_tokens=2)
     assert [row["name"] for row in rows] == ["transformers", "dolly_lora"]
     assert rows[0]["prompts"] == 4
+
+
+def test_fp8_is_a_method_and_that_of_its_recipes(monkeypatch):
+    """The others are exact whatever the recipe says."""
+    monkeypatch.setattr("dolly_lora.engine.step.multiplies_fp8", lambda device: True)
+    exact, in_fp8 = PRESETS["tiny"], replace(PRESETS["tiny"], precision="fp8")
+    methods = [bench.own_method(exact), bench.own_method(in_fp8), "speed", "weights kept"]
+    assert methods[:2] == ["auto", "fp8"]
+    for recipe in (exact, in_fp8):
+        plans = [bench.bench_engine(method, add_lora(tiny_model(), recipe), recipe).plan
+                 for method in methods]
+        assert [plan.fp8 for plan in plans] == [False, True, False, False]
+    monkeypatch.undo()
+    with pytest.raises(DollyError, match="needs a Hopper card"):
+        bench.bench_engine("fp8", add_lora(tiny_model().cpu(), exact), exact)
 
 
 def test_a_dataset_that_was_named_is_read_and_tokenised(monkeypatch):

@@ -24,6 +24,8 @@ def test_a_file_is_no_run_folder(tmp_path):
 WRONG = {
     "train_on=prompt": "choose response or all",
     "memory=small": "choose auto, speed or frugal",
+    "precision=fp16": "choose auto or fp8",
+    "precision=fp8 memory=frugal": "choose one of them",
     "optimizer=adafactor": "must be element-wise",
     "lora_r=0": "lora_r=0: must be above 0",
     "learning_rate=nan": "learning_rate=nan: must be above 0",

@@ -16,6 +16,7 @@ from dolly_lora.engine.blocks import fits_llama, is_decodable, is_llama
 from dolly_lora.engine.memory import MemoryPlan, plan_memory
 from dolly_lora.engine.packing import PackedModel, pack
 from dolly_lora.engine.step import FusedLlama
+from dolly_lora.hardware import multiplies_fp8
 from dolly_lora.models import add_lora, tiny_model
 from toys import SHAPE, TINY, adapted, gradients, plain_engine, some
 
@@ -39,6 +40,32 @@ def test_fallbacks_choose_themselves(capability, fast):
         assert kernels.operations(cuda, rank=129) is kernels.PLAIN
         assert kernels.operations("cpu") is kernels.PLAIN
     assert kernels.operations("cpu") is kernels.PLAIN
+
+
+@pytest.mark.parametrize("capability, can", [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_which_cards_multiply_fp8(capability, can):
+    with patch("torch.cuda.is_available", return_value=True), \
+         patch("torch.cuda.get_device_capability", return_value=capability):
+        assert multiplies_fp8("cuda") is multiplies_fp8() is can
+        assert not multiplies_fp8("cpu")
+
+
+def test_fp8_is_refused_in_one_line_where_it_cannot_be():
+    recipe = replace(TINY, precision="fp8")
+    with pytest.raises(DollyError, match="needs a Hopper card.*: set precision=auto") as card:
+        make_engine(adapted(tiny_model()).cpu(), recipe)
+    with pytest.raises(DollyError, match="is for a Llama.*: set precision=auto") as shape:
+        make_engine(made(Qwen2Config), recipe)
+    with pytest.raises(DollyError, match="1 GiB are too few: set precision=auto") as memory:
+        plan_memory(adapted(tiny_model()), recipe, free=2**30)
+    assert not any("\n" in str(error.value) for error in (card, shape, memory))
+
+
+def test_a_plan_in_fp8_holds_weights_and_activations():
+    plan = plan_memory(adapted(tiny_model()), replace(TINY, precision="fp8"), free=2**36)
+    assert plan.fp8 and plan.keep_weights and not plan.recompute and "in FP8" in str(plan)
+    exact = plan_memory(adapted(tiny_model()), TINY, free=2**36)
+    assert replace(exact, fp8=True) == plan
 
 
 def test_a_model_with_its_own_scale_of_the_scores():

@@ -7,9 +7,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dolly_lora.engine import kernels
+from dolly_lora.engine.blocks import (FlatParameters, LoRAGroup, Workspace, group_backward,
+                                     group_forward)
 from dolly_lora.engine.memory import MemoryPlan
 from dolly_lora.engine.packing import pack, share_out
-from dolly_lora.engine.step import FusedLlama
+from dolly_lora.engine.step import FusedLlama, make_engine
+from dolly_lora.hardware import multiplies_fp8
 from dolly_lora.models import load_base, tiny_model
 from dolly_lora.trainer import collate
 from toys import (SHAPE, TINY, adapted, gradients, needs_gpu, plain_engine, save_small_llama,
@@ -55,6 +58,68 @@ def test_rows_add_up_to_the_step(dropout):
     for r in results[1:]:
         torch.testing.assert_close(r[1], results[0][1], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(r[2], results[0][2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_in_fp8_are_as_near_as_eight_numbers_a_power_of_two_allow(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(60, 300, dtype=dtype) * 10.0 ** torch.arange(-30, 30)[:, None]
+    rows, scales = kernels.quantise_rows(x)
+    assert rows.dtype == torch.float8_e4m3fn and scales.shape == (60, 1)
+    top, back = x.abs().amax(1, keepdim=True).float(), rows.float() * scales
+    assert (rows.float().abs().amax(1) == 448).all()
+    error = (back - x.float()).abs()
+    assert (error <= x.float().abs() / 16 * 1.001 + top * 2.0**-10 / 448).all()
+    assert (error / top).max() <= 16 / 448 * 1.001   # half the step below the largest
+
+
+def test_zeros_and_what_fp8_has_stay_what_they_are():
+    exact = torch.tensor([[448.0, -1.125, 0.0, 2.0**-9], [0.0, 0.0, 0.0, 0.0]])
+    rows, scales = kernels.quantise_rows(exact)
+    assert torch.equal(rows.float(), exact) and scales[0] == 1
+    product = kernels.fp8_product((rows, scales), (rows, scales), torch.float32)
+    assert torch.equal(product, exact @ exact.t())
+
+
+def step_and_gradients(plan, recipe=TINY, **more):
+    model = adapted(load_base(recipe), recipe)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    engine = FusedLlama(model, plan, **more)
+    loss = engine.loss(pack(some()), 100, 7, gradient=True)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    return loss, engine.flat.grad.clone()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_step_in_fp8_is_near_the_exact_one(recompute, dropout):
+    """Its loss within 1 %, its gradient at a cosine of 0.99 or more; the weights untouched."""
+    recipe, plan = replace(TINY, lora_dropout=dropout), MemoryPlan(True, recompute, 1024)
+    exact, in_fp8 = (step_and_gradients(replace(plan, fp8=fp8), recipe, ops=kernels.PLAIN)
+                     for fp8 in (False, True))
+    assert 0 < abs(in_fp8[0] / exact[0] - 1) < 0.01
+    assert torch.cosine_similarity(exact[1], in_fp8[1], 0) > 0.99
+
+
+def test_in_fp8_the_adapters_read_the_numbers_as_they_are():
+    """Of a group, only the two frozen products differ."""
+    torch.manual_seed(0)
+    x, grad, results = torch.randn(50, 64), torch.randn(50, 192), []
+    for hold in (LoRAGroup.hold_weight, LoRAGroup.hold_fp8):
+        attention = adapted(tiny_model().cpu()).get_base_model().model.layers[0].self_attn
+        layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+        group = LoRAGroup(layers, 0, Workspace(), kernels.PLAIN)
+        hold(group, torch.float32)
+        flat = FlatParameters(group.A + group.B)
+        group.bind(0, flat.whole.data, flat.grad)
+        grad = grad[:, :group.shape[0]].contiguous()
+        with torch.no_grad():
+            y, saved = group_forward(group, x)
+            results.append((saved.h, flat.grad, y, group_backward(group, grad, x, saved)))
+    exact, in_fp8 = results
+    assert torch.equal(exact[0], in_fp8[0]) and torch.equal(exact[1], in_fp8[1])
+    for a, b in zip(exact[2:], in_fp8[2:]):
+        assert 0 < (a - b).norm() / a.norm() < 0.05
 
 
 def test_half_precision_as_on_a_t4():
@@ -128,3 +193,37 @@ def test_gpu_kernels_equal_the_formulas_in_a_whole_step():
         results.append((engine.loss(batch, 100, gradient=True), engine.flat.grad.clone()))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-5)
+
+
+needs_fp8 = pytest.mark.skipif(not multiplies_fp8(), reason="no GPU that multiplies FP8")
+
+
+@needs_fp8
+@pytest.mark.parametrize("features", [64, 4096, 22016])
+def test_gpu_rows_in_fp8_equal_the_formula_and_their_product_is_near(features):
+    torch.manual_seed(0)
+    x, w = (torch.randn(n, features, device="cuda", dtype=torch.bfloat16) for n in (301, 512))
+    x[7], x[8] = 0, x[8] * 1000
+    rows = [f(x) for f in (kernels.PLAIN.quantise_rows, kernels.TRITON.quantise_rows)]
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(*rows))
+    (a, s), (b, t) = rows[1], kernels.TRITON.quantise_rows(w)
+    ours = kernels.fp8_product((a, s), (b, t), torch.bfloat16).float()
+    dequantised = (a.float() * s) @ (b.float() * t).t()
+    assert not ours[7].any()
+    each = (ours - dequantised).norm(dim=1) / dequantised.norm(dim=1).clamp(min=1e-6)
+    assert each.max() < 0.02, each.max()
+
+
+@needs_fp8
+def test_gpu_a_replayed_step_in_fp8_is_near_the_exact_one(small):
+    recipe, batch, results = replace(small, lora_dropout=0.0), pack(some(16)), []
+    for fp8 in (False, True):
+        model = adapted(load_base(recipe), recipe)
+        engine = make_engine(model, replace(recipe, precision="fp8" if fp8 else "auto"))
+        engine.flat.start()
+        assert engine.plan.fp8 is fp8 and engine.graphs
+        results.append((engine.step(batch, 100, 7), engine.flat.grad.clone()))
+        torch.testing.assert_close(engine.loss(batch, 100, 7, True), results[-1][0],
+                                   rtol=1e-3, atol=1e-3)
+    assert 0 < abs(results[1][0] / results[0][0] - 1) < 0.02
+    assert torch.cosine_similarity(results[0][1], results[1][1], 0) > 0.98

@@ -73,6 +73,26 @@ def test_out_of_memory_shortens_the_rows(tmp_path):
         again + "rows are cut to 1/2; still 16 examples a step"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants the formulas and a CPU's plan")
+def test_a_training_in_fp8_keeps_its_weights_when_memory_runs_out(tmp_path):
+    real, lines = FusedLlama.step, []
+
+    def step(self, row, *args):
+        if len(row.input_ids) > 600:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, row, *args)
+
+    with patch.object(FusedLlama, "step", step), \
+         patch("dolly_lora.engine.step.multiplies_fp8", return_value=True):
+        history = train(replace(RECIPE, precision="fp8", max_steps=2), tmp_path, log=lines.append)
+    summary = history["summary"]
+    assert summary["memory"].startswith("speed: activations are kept, weights in FP8")
+    assert summary["token_budget"] == 512 and summary["steps"] == 2
+    assert [line for line in lines if "out of memory" in line] == [
+        "out of memory: again from the last checkpoint, rows are cut to 1/2; "
+        "still 16 examples a step"]
+
+
 def test_out_of_memory_for_good_is_one_line(tmp_path):
     with patch.object(FusedLlama, "step", side_effect=torch.OutOfMemoryError):
         with pytest.raises(DollyError, match="out of GPU memory with rows of one example"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
-from .kernels import Dropout, Operations
+from .kernels import Dropout, fp8_product, Operations
 from .packing import has_varlen, PackedBatch
 from ..models import attention_obstacle, base_model, head_dim
 
@@ -67,6 +67,7 @@ class LoRAGroup:
         self.shape = sum(self.sizes), self.base[0].in_features  # outputs of all, inputs
         self.quantised = hasattr(self.base[0].weight, "quant_state")
         self.held = None  # the whole weight, once it is held
+        self.held_fp8 = None  # or from `quantise_rows`: the weight, and its transpose
         self.share = None # [tokens, 1], multiplies the adapters' part of each token; None: it is 1
         self.A, self.B = [], []
         if hasattr(layers[0], "lora_A") and not layers[0].disable_adapters:
@@ -82,17 +83,27 @@ class LoRAGroup:
             dequantize_4bit(b.weight.data, b.weight.quant_state, out=part)
         return out
 
+    def _whole(self, dtype):
+        if self.quantised:
+            device = self.base[0].weight.device
+            return self._dequantise(torch.empty(self.shape, dtype=dtype, device=device))
+        one = self.base[0].weight.data
+        return one if len(self.base) == 1 else torch.cat([b.weight.data for b in self.base])
+
     def hold_weight(self,
         dtype: torch.dtype, # to dequantise to; other weights keep theirs
     ):
         "Hold the whole weight from now on."
-        if self.quantised:
-            device = self.base[0].weight.device
-            self.held = self._dequantise(torch.empty(self.shape, dtype=dtype, device=device))
-            return
-        one = self.base[0].weight.data
-        self.held = one if len(self.base) == 1 else torch.cat([b.weight.data for b in self.base])
+        self.held = self._whole(dtype)
+        if self.quantised: return
         for b, w in zip(self.base, self.held.split(self.sizes)): b.weight.data = w
+
+    def hold_fp8(self,
+        dtype: torch.dtype, # to dequantise to on the way; other weights keep theirs
+    ):
+        "Hold the whole weight in FP8 from now on, once for each direction."
+        weight, quantise = self._whole(dtype), self.ops.quantise_rows
+        self.held_fp8 = quantise(weight), quantise(weight.t().contiguous())
 
     def weight(self) -> torch.Tensor: # [outputs of all, inputs]
         "The base's weight: held, in the workspace already, or dequantised now."
@@ -101,6 +112,25 @@ class LoRAGroup:
             self._dequantise(self.workspace.data)
             self.workspace.owner = self
         return self.workspace.data
+
+    def base_forward(self,
+        x: torch.Tensor, # [tokens, inputs]
+        residual: torch.Tensor | None = None, # [tokens, outputs of all], added to the result
+    ) -> torch.Tensor: # [tokens, outputs of all]
+        "`x @ weight.t()`, the frozen part of the forward pass."
+        if self.held_fp8:
+            y = fp8_product(self.ops.quantise_rows(x), self.held_fp8[0], x.dtype)
+            return y if residual is None else y.add_(residual)
+        weight = self.weight()
+        return x @ weight.t() if residual is None else torch.addmm(residual, x, weight.t())
+
+    def base_backward(self,
+        grad: torch.Tensor, # [tokens, outputs of all]
+    ) -> torch.Tensor: # [tokens, inputs]
+        "`grad @ weight`, the frozen part of the backward pass."
+        if self.held_fp8:
+            return fp8_product(self.ops.quantise_rows(grad), self.held_fp8[1], grad.dtype)
+        return grad @ self.weight()
 
     def bind(self,
         start: int,         # where this group's adapters begin
@@ -130,8 +160,7 @@ def group_forward(
     residual: torch.Tensor | None = None, # [tokens, outputs of all], added to the result
 ) -> tuple[torch.Tensor, LoRAActivations | None]: # (y [tokens, outputs of all], for backward)
     "All linears of a group, adapters included."
-    weight = group.weight()
-    y = x @ weight.t() if residual is None else torch.addmm(residual, x, weight.t())
+    y = group.base_forward(x, residual)
     if not group.A: return y, None
     drop = None
     if seed is not None and group.dropout:
@@ -155,7 +184,7 @@ def group_backward(
     ops.lora_grad_(group.db, saved.h, grad, sizes=group.sizes)
     ops.lora_grad_(group.da, back, x, saved.drop)
     if not needs_input_grad: return None
-    grad_x = grad @ group.weight()
+    grad_x = group.base_backward(grad)
     ops.lora_up_(grad_x, back, group.a, saved.drop)
     return grad_x
 
@@ -361,11 +390,13 @@ def hold_weights(
     groups: list[LoRAGroup], # from `llama_blocks`
     keep_weights: bool,      # dequantise NF4 weights now and hold them, rather than at every use
     dtype: torch.dtype,      # of the computation
+    fp8: bool = False,       # hold all weights in FP8 instead
 ):
     "Give every group its weight, or a workspace to dequantise it to."
     with torch.inference_mode(False), torch.no_grad():  # a model that has answered can be trained
         for g in groups:
-            if keep_weights or not g.quantised: g.hold_weight(dtype)
+            if fp8: g.hold_fp8(dtype)
+            elif keep_weights or not g.quantised: g.hold_weight(dtype)
             elif g.workspace.data is None:
                 device = g.base[0].weight.device
                 g.workspace.data = torch.empty(g.shape, dtype=dtype, device=device)

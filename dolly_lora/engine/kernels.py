@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Callable
 import torch
 import torch.nn.functional as F
-from ..hardware import is_ampere
+from ..hardware import is_ampere, multiplies_fp8
 try: import triton, triton.language as tl
 # no Linux, or a build of PyTorch for the CPU: the formulas in PyTorch do
 except ImportError: triton = tl = None
@@ -17,7 +17,7 @@ except ImportError: triton = tl = None
 # %% auto #0
 __all__ = ['KINDS', 'PLAIN', 'TRITON', 'MAX_RANK', 'plot_ablation', 'jit', 'next_power_of_2', 'rms_norm', 'rms_norm_backward',
            'rotate_', 'rotate_backward', 'swiglu', 'swiglu_backward', 'Dropout', 'lora_down', 'lora_up_', 'lora_grad_',
-           'cross_entropy_', 'Operations', 'operations']
+           'cross_entropy_', 'quantise_rows', 'fp8_product', 'Operations', 'operations']
 
 # %% ../../nbs/02b_kernels.ipynb #02b006
 KINDS = {"matrix products": "#4477aa", "attention": "#66ccee", "LoRA": "#228833",
@@ -522,6 +522,49 @@ def _cross_entropy_triton(logits, targets, num_items, gradient):
                                    BV=min(4096, next_power_of_2(logits.shape[1])), num_warps=8)
     return loss.sum()
 
+# %% ../../nbs/02b_kernels.ipynb #69a07842
+def quantise_rows(
+    x: torch.Tensor, # [rows, features]
+) -> tuple[torch.Tensor, torch.Tensor]: # (float8_e4m3fn like x, scales: float32 [rows, 1])
+    "Every row in FP8, and the scale that makes it what it was; a row of zeros stays zero."
+    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-30) * (1 / 448)
+    return (x.float() * scale.reciprocal()).to(torch.float8_e4m3fn), scale
+
+# %% ../../nbs/02b_kernels.ipynb #3afe9deb
+def fp8_product(
+    x: tuple[torch.Tensor, torch.Tensor], # from `quantise_rows`: [tokens, features], its scales
+    w: tuple[torch.Tensor, torch.Tensor], # the same of the weight: [outputs, features], its scales
+    dtype: torch.dtype, # of the result; on a card bfloat16
+) -> torch.Tensor: # [tokens, outputs]
+    "`x @ w.t()` of two matrices in FP8; features and outputs are multiples of 16."
+    (a, s), (b, t) = x, w
+    if multiplies_fp8(a.device):
+        return torch._scaled_mm(a, b.t(), s, t.t(), out_dtype=dtype, use_fast_accum=True)
+    return ((a.float() @ b.float().t()) * s * t.t()).to(dtype)
+
+# %% ../../nbs/02b_kernels.ipynb #25a09cb4
+@jit
+def _quantise_rows(x, out, scale, K, BK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BK)
+    top = 1e-30
+    for k0 in range(0, K, BK):
+        v = tl.load(x + t * K + k0 + k, k0 + k < K, 0).to(tl.float32)
+        top = tl.maximum(top, tl.max(tl.abs(v)))
+    s = top * (1 / 448)
+    tl.store(scale + t, s)
+    factor = tl.div_rn(1.0, s)
+    for k0 in range(0, K, BK):
+        v = tl.load(x + t * K + k0 + k, k0 + k < K, 0).to(tl.float32) * factor
+        tl.store(out + t * K + k0 + k, v.to(out.dtype.element_ty), k0 + k < K)
+
+def _quantise_rows_triton(x):
+    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+    _quantise_rows[(len(x),)](x, out, scale, x.shape[1], BK=min(4096, next_power_of_2(x.shape[1])),
+                              num_warps=8)
+    return out, scale
+
 # %% ../../nbs/02b_kernels.ipynb #02b054
 @dataclass(frozen=True)
 class Operations:
@@ -538,18 +581,20 @@ class Operations:
     lora_up_: Callable
     lora_grad_: Callable
     cross_entropy_: Callable
+    quantise_rows: Callable
 
 PLAIN = Operations(
     name="PyTorch", fused=False, rms_norm=rms_norm, rms_norm_backward=rms_norm_backward,
     rotate_=rotate_, rotate_backward=rotate_backward, swiglu=swiglu,
     swiglu_backward=swiglu_backward, lora_down=lora_down, lora_up_=lora_up_,
-    lora_grad_=lora_grad_, cross_entropy_=cross_entropy_)
+    lora_grad_=lora_grad_, cross_entropy_=cross_entropy_, quantise_rows=quantise_rows)
 TRITON = Operations(
     name="Triton", fused=True, rms_norm=_rms_norm_triton,
     rms_norm_backward=_rms_norm_backward_triton,
     rotate_=_rotate_triton, rotate_backward=_rotate_backward_triton, swiglu=_swiglu_triton,
     swiglu_backward=_swiglu_backward_triton, lora_down=_lora_down_triton, lora_up_=_lora_up_triton,
-    lora_grad_=_lora_grad_triton, cross_entropy_=_cross_entropy_triton)
+    lora_grad_=_lora_grad_triton, cross_entropy_=_cross_entropy_triton,
+    quantise_rows=_quantise_rows_triton)
 
 # the kernels keep the whole rank in a tile: at 256 the three tiles that `_down` loads ahead
 # would take 192 KB, more than a program of an A100 can have

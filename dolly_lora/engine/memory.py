@@ -5,7 +5,7 @@
 # %% ../../nbs/02g_memory.ipynb #28cb3c05
 from __future__ import annotations
 from dataclasses import dataclass
-from ..config import Recipe
+from ..config import DollyError, Recipe
 from .blocks import fits_llama, lora_rank
 from .kernels import operations
 from ..hardware import free_memory
@@ -23,22 +23,25 @@ class MemoryPlan:
     token_budget: int  # tokens of a packed batch, at most
     examples: int = 16  # of a packed batch, at most
     longest: int = 1024 # tokens of an example, at most
+    fp8: bool = False   # hold the weights in FP8 instead, and multiply in it
 
     def __str__(self):
         activations = ("frugal: activations are computed again" if self.recompute
                        else "speed: activations are kept")
         weights = "ready" if self.keep_weights else "dequantised when needed"
+        if self.fp8: weights = "in FP8"
         return f"{activations}, weights {weights}, rows of up to {self.token_budget:,} tokens"
 
 # %% ../../nbs/02g_memory.ipynb #02c02011
 def plan_memory(
     model,          # PeftModel on its device
-    recipe: Recipe, # `memory`, `max_length` and `batch_size` decide
+    recipe: Recipe, # `memory`, `precision`, `max_length` and `batch_size` decide
     free: int | None = None, # bytes; default: what the card has left
 ) -> MemoryPlan: # the fastest that fits; with `memory="frugal"`, the smallest
-    "Decide how a step spends the memory there is."
+    "Decide how a step spends the memory there is; `DollyError` if it is too little for FP8."
     fused = fits_llama(model, recipe.max_length)
-    limits = dict(examples=recipe.batch_size, longest=recipe.max_length)
+    fp8 = recipe.precision == "fp8"
+    limits = dict(examples=recipe.batch_size, longest=recipe.max_length, fp8=fp8)
     if model.device.type == "cpu" and free is None:  # unquantised: there is nothing to keep twice
         budget = max(1024, recipe.max_length)
         return MemoryPlan(fused, recipe.memory == "frugal", budget, **limits)
@@ -63,4 +66,6 @@ def plan_memory(
         budget = int((room - block * (layers if keep else 1)) // token)
         if recipe.memory != "frugal" and budget >= min(2 * recipe.max_length, 6144):
             return MemoryPlan(keep, False, min(6144, budget), **limits)
+        if fp8: raise DollyError(f"precision=fp8 holds all weights and activations, for which "
+                                 f"{free / 2**30:.0f} GiB are too few: set precision=auto")
     return MemoryPlan(False, recipe.memory != "speed", max(2048, recipe.max_length), **limits)

@@ -14,6 +14,7 @@ from .graphs import StepGraphs
 from .kernels import Operations, operations
 from .memory import MemoryPlan, plan_memory
 from .packing import attend, has_varlen, PackedBatch, PackedModel
+from ..hardware import multiplies_fp8
 
 # %% auto #0
 __all__ = ['Engine', 'FusedLlama', 'make_engine']
@@ -69,7 +70,7 @@ class FusedLlama:
         self.dtype = self.base.lm_head.weight.dtype
         self.ops = ops or operations(self.device, lora_rank(model))
         self.blocks, groups = llama_blocks(self.base, self.ops)
-        hold_weights(groups, plan.keep_weights, self.dtype)
+        hold_weights(groups, plan.keep_weights, self.dtype, plan.fp8)
         self.flat = FlatParameters(p for g in groups for p in g.A + g.B)
         exact = self.flat.whole.data
         self.low = exact if self.dtype == torch.float32 else exact.to(self.dtype)
@@ -149,10 +150,18 @@ def _learnt(batch):
 def make_engine(
     model,          # PeftModel, adapters in float32
     recipe: Recipe, # `memory`, `max_length` and `batch_size` decide about the memory
-) -> Engine: # FusedLlama, or PackedModel for another architecture
-    "The fastest engine for this model on this machine."
+) -> Engine: # FusedLlama, or PackedModel for another architecture, which knows no FP8
+    "The fastest engine for this model on this machine; `DollyError` if it cannot be in FP8."
+    fused = fits_llama(model, recipe.max_length)
+    if recipe.precision == "fp8":
+        if not fused:
+            raise DollyError("precision=fp8 is for a Llama with plain LoRA adapters, which this "
+                             "model is not: set precision=auto")
+        if not multiplies_fp8(model.device):
+            raise DollyError("precision=fp8 needs a Hopper card or later (compute capability 8.9 "
+                             "or more): set precision=auto")
     plan = plan_memory(model, recipe)
-    if fits_llama(model, recipe.max_length): return FusedLlama(model, plan)
+    if fused: return FusedLlama(model, plan)
     if plan.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
