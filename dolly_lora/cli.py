@@ -658,7 +658,7 @@ def bench_options(p): # `p`: an argparse parser
                         "LLaMA-2's shapes with random weights, on a GPU")
     p.add_argument("--peer", nargs="+", action="extend", default=[], metavar="WAY",
                    help="measure other ways on the same records first: stock, padding-free, "
-                        "'by hand', 'weights kept', speed, frugal")
+                        "'by hand', 'weights kept', speed, frugal, fp8")
     recipe_options(p)
     p.add_argument("--steps", type=int, default=20, help="measured for each way (default 20)")
     p.add_argument("--generate", action="store_true",

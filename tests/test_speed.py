@@ -101,6 +101,15 @@ def test_a_step_in_fp8_is_near_the_exact_one(recompute, dropout):
     assert torch.cosine_similarity(exact[1], in_fp8[1], 0) > 0.99
 
 
+def test_what_is_not_learnt_from_is_exact():
+    plan, batch = MemoryPlan(True, False, 1024), pack(some())
+    exact, in_fp8 = (FusedLlama(adapted(load_base(TINY)), replace(plan, fp8=fp8), ops=kernels.PLAIN)
+                     for fp8 in (False, True))
+    learnt = in_fp8.loss(batch, 100, gradient=True)
+    assert in_fp8.loss(batch, 100) == exact.loss(batch, 100) != learnt
+    assert torch.equal(in_fp8.logits(batch), exact.logits(batch))
+
+
 def test_in_fp8_the_adapters_read_the_numbers_as_they_are():
     """Of a group, only the two frozen products differ."""
     torch.manual_seed(0)

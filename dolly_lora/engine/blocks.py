@@ -67,7 +67,8 @@ class LoRAGroup:
         self.shape = sum(self.sizes), self.base[0].in_features  # outputs of all, inputs
         self.quantised = hasattr(self.base[0].weight, "quant_state")
         self.held = None  # the whole weight, once it is held
-        self.held_fp8 = None  # or from `quantise_rows`: the weight, and its transpose
+        self.held_fp8 = None  # from `quantise_rows`: the weight, and its transpose
+        self.fp8 = False  # do the frozen products use `held_fp8`?
         self.share = None # [tokens, 1], multiplies the adapters' part of each token; None: it is 1
         self.A, self.B = [], []
         if hasattr(layers[0], "lora_A") and not layers[0].disable_adapters:
@@ -104,6 +105,7 @@ class LoRAGroup:
         "Hold the whole weight in FP8 from now on, once for each direction."
         weight, quantise = self._whole(dtype), self.ops.quantise_rows
         self.held_fp8 = quantise(weight), quantise(weight.t().contiguous())
+        self.fp8 = True
 
     def weight(self) -> torch.Tensor: # [outputs of all, inputs]
         "The base's weight: held, in the workspace already, or dequantised now."
@@ -118,7 +120,7 @@ class LoRAGroup:
         residual: torch.Tensor | None = None, # [tokens, outputs of all], added to the result
     ) -> torch.Tensor: # [tokens, outputs of all]
         "`x @ weight.t()`, the frozen part of the forward pass."
-        if self.held_fp8:
+        if self.fp8:
             y = fp8_product(self.ops.quantise_rows(x), self.held_fp8[0], x.dtype)
             return y if residual is None else y.add_(residual)
         weight = self.weight()
@@ -128,7 +130,7 @@ class LoRAGroup:
         grad: torch.Tensor, # [tokens, outputs of all]
     ) -> torch.Tensor: # [tokens, inputs]
         "`grad @ weight`, the frozen part of the backward pass."
-        if self.held_fp8:
+        if self.fp8:
             return fp8_product(self.ops.quantise_rows(grad), self.held_fp8[1], grad.dtype)
         return grad @ self.weight()
 
@@ -390,13 +392,13 @@ def hold_weights(
     groups: list[LoRAGroup], # from `llama_blocks`
     keep_weights: bool,      # dequantise NF4 weights now and hold them, rather than at every use
     dtype: torch.dtype,      # of the computation
-    fp8: bool = False,       # hold all weights in FP8 instead
+    fp8: bool = False,       # hold all weights in FP8; the others are dequantised when needed
 ):
     "Give every group its weight, or a workspace to dequantise it to."
     with torch.inference_mode(False), torch.no_grad():  # a model that has answered can be trained
         for g in groups:
             if fp8: g.hold_fp8(dtype)
-            elif keep_weights or not g.quantised: g.hold_weight(dtype)
+            if keep_weights and not fp8 or not g.quantised: g.hold_weight(dtype)
             elif g.workspace.data is None:
                 device = g.base[0].weight.device
                 g.workspace.data = torch.empty(g.shape, dtype=dtype, device=device)

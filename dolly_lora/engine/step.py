@@ -69,19 +69,20 @@ class FusedLlama:
         self.base, self.plan, self.device = model.get_base_model(), plan, model.device
         self.dtype = self.base.lm_head.weight.dtype
         self.ops = ops or operations(self.device, lora_rank(model))
-        self.blocks, groups = llama_blocks(self.base, self.ops)
-        hold_weights(groups, plan.keep_weights, self.dtype, plan.fp8)
-        self.flat = FlatParameters(p for g in groups for p in g.A + g.B)
+        self.blocks, self.groups = llama_blocks(self.base, self.ops)
+        hold_weights(self.groups, plan.keep_weights, self.dtype, plan.fp8)
+        self.flat = FlatParameters(p for g in self.groups for p in g.A + g.B)
         exact = self.flat.whole.data
         self.low = exact if self.dtype == torch.float32 else exact.to(self.dtype)
         start = 0
-        for g in groups: start = g.bind(start, self.low, self.flat.grad)
+        for g in self.groups: start = g.bind(start, self.low, self.flat.grad)
         self.varlen = has_varlen(self.device, self.dtype, self.blocks[0].head_dim)
         replay = graphs and self.ops.fused and self.varlen
         self.graphs = StepGraphs(self) if replay else None
 
     def _hidden(self, batch, angles, seed=None, tape=None):
         if self.low is not self.flat.whole.data: self.low.copy_(self.flat.whole.data)
+        for g in self.groups: g.fp8 = self.plan.fp8 and tape is not None  # to learn from
         save = tape is not None and not self.plan.recompute
         return hidden_states(self.base, self.blocks, batch.input_ids, angles, _inside(batch), batch,
                              seed, save, tape)
