@@ -14,11 +14,12 @@ from .files import JsonlCache, read_jsonl, read_object, write_json, write_text
 from .runs import check_room, hold_run, load_run, start_run
 
 # %% auto #0
-__all__ = ['STAGES', 'WORK', 'PATIENCE', 'HELP', 'INTERRUPT', 'notebooks', 'check_parameters', 'preflight', 'work_files',
-           'StageClock', 'Terminal', 'tell_failure', 'execute', 'run_stage', 'run', 'package_row', 'llama_within_reach',
-           'doctor', 'find_run', 'read_prompts', 'lines_alone', 'answer_batch', 'speak', 'obey', 'read_line',
-           'converse', 'chat', 'bench_cells', 'run_bench', 'tell_cost', 'tell_judgment', 'judge', 'recipe_options',
-           'run_options', 'chat_options', 'bench_options', 'judge_options', 'make_parser', 'dispatch', 'main']
+__all__ = ['STAGES', 'WORK', 'QUIET', 'IMPORTS', 'PATIENCE', 'HELP', 'INTERRUPT', 'notebooks', 'check_parameters', 'preflight',
+           'work_files', 'StageClock', 'Terminal', 'tell_failure', 'end_kernel', 'KernelAhead', 'execute', 'run_stage',
+           'run', 'package_row', 'llama_within_reach', 'doctor', 'find_run', 'read_prompts', 'lines_alone',
+           'answer_batch', 'speak', 'obey', 'read_line', 'converse', 'chat', 'bench_cells', 'run_bench', 'tell_cost',
+           'tell_judgment', 'judge', 'recipe_options', 'run_options', 'chat_options', 'bench_options', 'judge_options',
+           'make_parser', 'dispatch', 'main']
 
 # %% ../nbs/cli.ipynb #e83f6335
 STAGES = ["01_data", "02_train", "03_eval", "04_chat", "05_report"]
@@ -157,6 +158,47 @@ def tell_failure(
           f"executed notebook: {short_path(target)}", file=sys.stderr)
     return 1
 
+# %% ../nbs/cli.ipynb #1171b001
+QUIET = ["--log-level=50"]  # of a kernel
+IMPORTS = "torch", "transformers.modeling_utils", "datasets", "matplotlib.pyplot"
+
+def end_kernel(
+    kernel, # an AsyncKernelManager
+):
+    "End a kernel at once."
+    from jupyter_core.utils import run_sync
+    run_sync(kernel.shutdown_kernel)(now=True)
+
+class KernelAhead:
+    "The next stage's kernel, which starts and imports while the present stage works."
+    def __init__(self):
+        self.kernel = None
+
+    def start(self):
+        "Start a kernel; what it imports is not in the notebook's namespace."
+        from jupyter_client import AsyncKernelManager
+        from jupyter_core.utils import run_sync
+        line = "; ".join(f"__import__('{name}')" for name in IMPORTS)
+        self.kernel = AsyncKernelManager(kernel_name="python3")
+        run_sync(self.kernel.start_kernel)(
+            cwd=str(project_root()),
+            extra_arguments=[*QUIET, f"--IPKernelApp.exec_lines={line}"])
+
+    def take(self,
+        stage: str, # that is about to run
+    ): # an AsyncKernelManager, to be ended by `end_kernel`
+        "Hand out the kernel, and start the one of the stage after this one."
+        if self.kernel is None: self.start()
+        kernel, self.kernel = self.kernel, None
+        if stage != STAGES[-1]: self.start()
+        return kernel
+
+    def close(self):
+        "End a kernel that nobody took."
+        if self.kernel: end_kernel(self.kernel)
+        self.kernel = None
+
+# %% ../nbs/cli.ipynb #4308895b
 PATIENCE = 3600  # seconds until a kernel has started, or a cell's last output has arrived
 
 def execute(
@@ -164,17 +206,19 @@ def execute(
     stage: str,       # name of a numbered notebook
     target: Path,     # gets the executed notebook; `DollyError` when it cannot be written
     parameters: dict, # what is injected
+    ahead: KernelAhead | None = None, # has the kernel; None: papermill starts one
 ) -> int: # exit status: 0, or 1 when a cell or the kernel failed
     "Run a notebook in a kernel of its own."
     import papermill
     from nbclient.exceptions import CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
     target.parent.mkdir(exist_ok=True)
+    kernel = ahead.take(stage) if ahead else None
     try:
         papermill.execute_notebook(
             str(folder / f"{stage}.ipynb"), str(target), parameters, progress_bar=False,
             stdout_file=Terminal(), cwd=str(project_root()), kernel_name="python3",
-            extra_arguments=["--log-level=50"], start_timeout=PATIENCE, iopub_timeout=PATIENCE)
+            km=kernel, extra_arguments=QUIET, start_timeout=PATIENCE, iopub_timeout=PATIENCE)
     except PapermillExecutionError as e:
         said = f"{e.ename}: {e.evalue}"
         return tell_failure(stage, f"cell {e.exec_count}", e.source, said, target)
@@ -184,6 +228,8 @@ def execute(
     except OSError as e:
         raise DollyError(f"{stage}: cannot write {short_path(target)} ({e.strerror or e}): "
                          f"make room, then run the same again") from None
+    finally:
+        if kernel: end_kernel(kernel)
     return 0
 
 # %% ../nbs/cli.ipynb #c1100004
@@ -192,12 +238,13 @@ def run_stage(
     stage: str,       # name of a numbered notebook
     out: Path,        # the run's folder
     parameters: dict, # what is injected
+    ahead: KernelAhead | None = None, # as in `execute`
 ) -> int: # exit status
     "Run a stage and keep its time; whatever happens in 04_chat is an exit status."
     target = out / "notebooks" / f"{stage}.ipynb"
     try:
         with StageClock(out, stage) as clock:
-            failed = execute(folder, stage, target, parameters)
+            failed = execute(folder, stage, target, parameters, ahead)
         clock.end(bool(failed))
     except Exception as e:
         if stage != "04_chat": raise
@@ -218,11 +265,11 @@ def run(
     for stage in STAGES: check_parameters(folder / f"{stage}.ipynb", parameters)
     preflight(recipe, out)
     chat_failed = 0
-    with hold_run(out):
+    with hold_run(out), contextlib.closing(KernelAhead()) as ahead:
         start_run(recipe, out)
         for n, stage in enumerate(STAGES, 1):
             print(f"\n== {stage} ({n} of {len(STAGES)})", flush=True)
-            failed = run_stage(folder, stage, out, parameters)
+            failed = run_stage(folder, stage, out, parameters, ahead)
             if stage == "04_chat": chat_failed = failed
             elif failed: return failed
     print(f"\nreport: {short_path(out / 'report' / 'report.html')}")
@@ -357,7 +404,8 @@ def answer_batch(
     lora: bool,          # does the adapter answer?
     stream=None,         # from `lines_alone`; default: the standard output
 ):
-    "Answer prompts as JSON lines."
+    "Answer prompts as JSON lines; an answer that goes on with the next instruction ends there."
+    from dolly_lora.conversation import NEXT_TURN
     from dolly_lora.data import build_prompt
     from dolly_lora.generate import generate, provenance
     if out and out.is_dir(): raise DollyError(f"{out} is a folder: give --out a file name")
@@ -367,8 +415,11 @@ def answer_batch(
                        recipe.generation_batch_size, rows=rows,
                        log=lambda line: print(line, file=sys.stderr, flush=True),
                        provenance=provenance(recipe, folder, "tuned" if lora else "base"))
-    lines = [prompt | dict(output=answer.text, finished=answer.finished)
-             for prompt, answer in zip(prompts, answers)]
+    lines = []
+    for prompt, answer in zip(prompts, answers):
+        output, mark, _ = answer.text.partition(NEXT_TURN)
+        lines.append(prompt | dict(output=output.rstrip(), finished=answer.finished,
+                                   asked_itself=bool(mark)))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if not out:
         print(text, end="", file=stream)

@@ -1,5 +1,6 @@
 """The command line: what it finds before it starts, where its words go, what it leaves alone."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -57,7 +58,7 @@ def course(monkeypatch):
     """The stages that were begun; they do nothing, and those in `fails` fail."""
     begun, fails = [], set()
 
-    def execute(folder, stage, target, parameters):
+    def execute(folder, stage, target, parameters, ahead):
         begun.append(stage)
         return int(stage in fails)
 
@@ -256,3 +257,16 @@ def test_a_run_and_a_first_chat_say_nothing_that_nobody_can_act_on(tiny_run, tmp
     ), done.stderr
     # what transformers warned about is not silenced: it is set as it asks
     assert load_tokenizer(PRESETS["demo"]).clean_up_tokenization_spaces is False
+
+
+def test_a_batch_answer_that_asks_itself_the_next_question_ends_there(monkeypatch, capsys):
+    generate = importlib.import_module("dolly_lora.generate")
+    Answer = generate.Answer
+    said = [Answer("Two.\n\n### Instruction:\nAnother?", 9, False), Answer("Three.", 3, True)]
+    monkeypatch.setattr(generate, "generate", lambda *args, **more: said)
+    monkeypatch.setattr(generate, "provenance", lambda *args: {})
+    prompts = [dict(instruction=f"Name prime {n}.", context="") for n in (1, 2)]
+    cli.answer_batch(None, None, PRESETS["tiny"], None, prompts, None, lora=False)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(r["output"], r["finished"], r["asked_itself"]) for r in rows] == [
+        ("Two.", False, True), ("Three.", True, False)]

@@ -183,10 +183,10 @@ def test_a_chat_that_fails_costs_no_report(tiny_run, tmp_path, monkeypatch, caps
     (folder / "stages.json").unlink()
     execute = commands.execute
 
-    def failing(notebooks, stage, target, parameters):
+    def failing(notebooks, stage, target, parameters, ahead):
         if stage == "04_chat":
             return commands.tell_failure(stage, "cell 19", "1 / 0", "Empty: ", target)
-        return execute(notebooks, stage, target, parameters) if stage == "05_report" else 0
+        return execute(notebooks, stage, target, parameters, ahead) if stage == "05_report" else 0
 
     monkeypatch.setattr(commands, "execute", failing)
     monkeypatch.delenv("IN_TEST", raising=False)

@@ -15,7 +15,7 @@ def stages(monkeypatch, tmp_path):
     """A run whose stages do what is put into `acts`; returns its folder, `acts` and `clock`."""
     folder, acts = tmp_path / "run", {}
 
-    def execute(notebooks, stage, target, parameters):
+    def execute(notebooks, stage, target, parameters, ahead):
         return acts.get(stage, lambda: 0)() or 0
 
     monkeypatch.setattr(cli, "execute", execute)

@@ -154,7 +154,8 @@ def test_batch_goes_on_after_an_interruption(tiny_run, tmp_path):
     whole = answers.read_bytes()
     rows = [json.loads(line) for line in whole.splitlines()]
     assert [row["instruction"] for row in rows] == [p["instruction"] for p in prompts]
-    assert all(set(row) == {"instruction", "context", "output", "finished"} for row in rows)
+    keys = {"instruction", "context", "output", "finished", "asked_itself"}
+    assert all(set(row) == keys for row in rows)
 
     answers.unlink()
     killed = subprocess.run([sys.executable, "-c", INTERRUPTED, *map(str, call)], cwd=ROOT,

@@ -204,8 +204,8 @@ class Decoder:
 
         def zeros(*shape, dtype=torch.int64): return torch.zeros(shape, dtype=dtype, device=device)
         first = self.reader.blocks[0]
-        self.cache = zeros(len(self.reader.blocks), 2, slots, first.key_heads, capacity, first.head_dim,
-                           dtype=dtype)
+        self.cache = zeros(len(self.reader.blocks), 2, slots, first.key_heads, capacity,
+                           first.head_dim, dtype=dtype)
         self.slot = torch.arange(slots, device=device)
         self.tokens, self.kv_lengths, self.count = zeros(slots), zeros(slots), zeros(slots)
         self.out = zeros(slots, max_new_tokens)

@@ -255,8 +255,10 @@ class Dropout:
     def _draw(self, n, start, i, x): # mask of an example of n tokens whose first has number `start`
         text = f"{int(self.seed)} {start} {self.linear_index + i}"
         random = torch.Generator(x.device).manual_seed(zlib.crc32(text.encode()))  # takes 32 bits
-        mask = torch.empty(n, x.shape[1], dtype=torch.bool, device=x.device)
-        return mask.bernoulli_(1 - self.p, generator=random)
+        # 16 random bits for each element, four elements a word
+        words = torch.empty(_cdiv(n * x.shape[1], 4), dtype=torch.int64, device=x.device)
+        bits = words.random_(-2**63, None, generator=random).view(torch.int16)[:n * x.shape[1]]
+        return (bits >= min(2**15 - 1, round(self.p * 2**16) - 2**15)).view(n, x.shape[1])
 
     def __call__(self,
         x: torch.Tensor, # [tokens, features]
@@ -266,7 +268,7 @@ class Dropout:
         if i not in self.masks:
             examples = zip(self.batch.lengths, self.batch.starts)
             self.masks[i] = torch.cat([self._draw(n, start, i, x) for n, start in examples])
-        return torch.where(self.masks[i], x, 0) / (1 - self.p)
+        return (x * self.masks[i].to(x.dtype)).mul_(1 / (1 - self.p))
 
 # %% ../../nbs/02b_kernels.ipynb #02b034
 def lora_down(
