@@ -196,7 +196,8 @@ def _values(r, metrics): # what the template's holes are filled from
                      describe(base.mean_words, tuned.mean_words, digits=0)]
         if chat: third = template_share(base.loss, chat.loss, tuned.loss)
     return dict(
-        r | dict(official_prompts=official), written_by=WRITTEN_BY, metrics=metrics,
+        r | dict(official_prompts=official, fp8=r.get("fp8")), written_by=WRITTEN_BY,
+        metrics=metrics,
         summary=r["training"]["summary"],
         model=MODEL_NAMES.get(p["base"], p["base"]), source=source_name(r["data"]["source"]),
         method="QLoRA" if p["load_in_4bit"] and environment["gpu"] else "LoRA",

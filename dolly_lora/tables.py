@@ -27,7 +27,8 @@ WRITTEN_BY = {"recipe.json": "01_data", "data/statistics.json": "01_data",
 KEYS = {"recipe.json": ["recipe"],
         "data/statistics.json": ["source", "cleaning", "splits", "categories"],
         "data/tokens.json": ["train", "longest", "median"],
-        "training_history.json": ["summary", "validation", "log", "environment"]}
+        "training_history.json": ["summary", "validation", "log", "environment"],
+        "fp8/training_history.json": ["summary"]}
 
 def _read(folder, name, required=False):
     if not (folder / name).exists():
@@ -56,6 +57,10 @@ def _bench(folder):
                              f"`dolly-lora bench --json`")
         rows.append(row)
     return rows
+
+def _fp8(folder): # the same training with precision=fp8, if it was made beside the run
+    history = _read(folder, "fp8/training_history.json")
+    return history and history["summary"]
 
 # %% ../nbs/05b_tables.ipynb #05bf0004
 def official_prompts(
@@ -90,7 +95,7 @@ def collect(
                 training={name: history[name] for name in ("summary", "validation", "log")},
                 evaluation=_read(folder, "metrics.json"),
                 before_after=read_json(before_after) if before_after.exists() else None,
-                stages=_stages(folder), bench=_bench(folder),
+                stages=_stages(folder), bench=_bench(folder), fp8=_fp8(folder),
                 official_prompts=official_prompts(folder))
 
 # %% ../nbs/05b_tables.ipynb #05bf0009
@@ -327,13 +332,18 @@ def _of_one_card(bench, field, *work): # rows with the field, by what `work` nam
     return {key: list(found.values()) for key, found in ways.items()
             if len(found) > 1 or key not in several}
 
+def _slug(text): return re.sub(r"\W+", "_", text)
+
 def measured_steps(
     bench: list[dict], # rows of bench.jsonl
-) -> list[dict]: # per base model: first, best, speedup, others, waiting (%), rows, measured, figure
-    "The ways to do a training step, base model by base model."
-    ways = _of_one_card(bench, "s_per_step", "base", "batch_size")
-    steps = []
-    for (base, size), measured in ways.items():
+) -> list[dict]: # each with first, best, speedup, others, waiting (%), rows, measured, figure
+    "The ways to do a training step, base model by base model and card by card."
+    ways = _of_one_card(bench, "s_per_step", "base", "batch_size", "device")
+    steps, names = [], set()
+    for (base, size, device), measured in ways.items():
+        figure = f"ablation_{_slug(base)}" + (f"_{size}" if size != 16 else "")
+        if figure in names: figure += f"_{_slug(device.lower())}"  # the same on another card
+        names.add(figure)
         first, best = measured[0], min(measured, key=lambda row: row["s_per_step"])
         rows = [[b["name"], number(b["s_per_step"], 3), round(b["tok_per_s"]), _gib(b),
                  f"{b['model_flops_utilisation']:.0%}", f"{b['full_recipe_min']:.1f} min"]
@@ -344,9 +354,7 @@ def measured_steps(
         others = {b["name"]: b for b in measured if b is not best}
         steps.append(dict(first=first, best=best, rows=rows, measured=measured,
                           others=others, waiting=waiting,
-                          speedup=first["s_per_step"] / best["s_per_step"],
-                          figure="ablation_" + re.sub(r"\W+", "_", base)
-                                 + (f"_{size}" if size != 16 else "")))
+                          speedup=first["s_per_step"] / best["s_per_step"], figure=figure))
     return steps
 
 def writing_rows(

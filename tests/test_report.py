@@ -295,7 +295,8 @@ def test_what_later_stages_have_not_written_is_said_in_its_place(tmp_path, gone)
         "data/tokens.json": "tokens",
         "stages.json": "stages",
     }
-    assert {k for k, v in results.items() if v is None} == {keys[n] for n in gone if n in keys}
+    missing = {keys[n] for n in gone if n in keys} | {"fp8"}  # a training that few make
+    assert {k for k, v in results.items() if v is None} == missing
 
 
 def test_metrics_of_a_judge_alone_or_of_no_judge(tmp_path):
@@ -580,6 +581,29 @@ def test_the_factor_of_the_fastest_way_has_its_context(tmp_path):
     assert "20.0 times as fast as “stock”, whose card does nothing but wait for 75 %" in text
     assert "Beside “padding-free” the factor is 3.0." in text
     assert "(“frugal”, 5.5 GiB) it is still 10.0 times as fast as “stock”." in text
+
+
+def test_each_card_has_a_table_of_its_own(tmp_path):
+    row = dict(name="speed", base="toy", model="the toy", device="card A", tokens_per_step=9.0,
+               matrix_tflops=1.0, floor_s=0.1, s_per_step=0.2, tok_per_s=500.0, peak_gib=8.0,
+               model_flops_utilisation=0.5, full_recipe_min=7.5)
+    rows = [row, row | dict(name="frugal", s_per_step=0.4),
+            row | dict(device="card B", s_per_step=0.3),
+            row | dict(device="card B", name="fp8", s_per_step=0.1)]
+    a, b = measured_steps(rows)
+    assert (a["best"]["name"], a["speedup"], a["figure"]) == ("speed", 1.0, "ablation_toy")
+    assert (b["best"]["name"], b["figure"]) == ("fp8", "ablation_toy_card_b")
+    assert b["speedup"] == pytest.approx(3.0)
+
+
+def test_a_training_in_fp8_beside_the_run_is_told(tmp_path):
+    run = make_run(tmp_path)
+    assert "8 bits" not in section(collect(run), "Speed")
+    history = json.loads((run / "training_history.json").read_text())
+    history["summary"]["best_validation_loss"] *= 1.002
+    (run / "fp8").mkdir()
+    (run / "fp8/training_history.json").write_text(json.dumps(history))
+    assert "(+0.20 %)" in section(collect(run), "Speed")
 
 
 # The optimizer
