@@ -342,8 +342,6 @@ def test_committed_report_is_of_one_undisturbed_run_of_clean_code(report):
             assert stage["finished"] and stage["parts"] == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the committed run's machine held a copy of the tree that "
-                   "its git did not know: the recorded commit is an older one `with changes`")
 def test_committed_report_names_a_clean_commit(report):
     results, _ = report
     assert re.fullmatch(r"[0-9a-f]{40}", results["environment"]["commit"])
