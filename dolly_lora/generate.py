@@ -269,6 +269,11 @@ def provenance(
                 adapter=file_sha256(adapter)[:16] if name == "tuned" else None)
 
 # %% ../nbs/03a_generate.ipynb #07a91dda
+def _columns(recipe, run_dir, asked): # prompts, temperatures, what else each answer depends on
+    made_by = {name: provenance(recipe, run_dir, name) for name in {name for name, _, _ in asked}}
+    return ([prompt for _, prompt, _ in asked], [temperature for _, _, temperature in asked],
+            [made_by[name] for name, _, _ in asked])
+
 def answer_asked(
     model, tokenizer,    # from `load_tuned` and `load_tokenizer`
     recipe: Recipe,      # decoding limits and seed
@@ -279,11 +284,10 @@ def answer_asked(
     log=print,           # gets the progress lines
 ) -> list[Answer]: # in the order of `asked`
     "Answers of several contenders, in one pass."
-    names, prompts, temperatures = map(list, zip(*asked)) if asked else ([], [], [])
-    made_by = {name: provenance(recipe, run_dir, name) for name in set(names)}
+    prompts, temperatures, made_by = _columns(recipe, run_dir, asked)
     return generate(model, tokenizer, prompts, max_new_tokens, recipe.generation_batch_size,
-                    temperatures, recipe.seed, log, rows, [made_by[name] for name in names],
-                    adapted=[name == "tuned" for name in names])
+                    temperatures, recipe.seed, log, rows, made_by,
+                    adapted=[name == "tuned" for name, _, _ in asked])
 
 def unanswered(
     model, tokenizer, recipe: Recipe, run_dir: Path, asked: list[tuple], # as in `answer_asked`
@@ -291,10 +295,8 @@ def unanswered(
     rows: JsonlCache,    # finished answers
 ) -> dict[tuple, int]: # those of `asked` that have no answer, each once -> tokens of the prompt
     "What several cards have to share."
-    names, prompts, temperatures = map(list, zip(*asked)) if asked else ([], [], [])
-    made_by = {name: provenance(recipe, run_dir, name) for name in set(names)}
-    keys = answer_keys(prompts, temperatures, max_new_tokens, recipe.seed,
-                       [made_by[name] for name in names])
+    prompts, temperatures, made_by = _columns(recipe, run_dir, asked)
+    keys = answer_keys(prompts, temperatures, max_new_tokens, recipe.seed, made_by)
     encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
     new = {key: (one, len(ids)) for key, one, ids in zip(keys, asked, encoded)
            if key not in rows or not kept_answer(rows[key])}

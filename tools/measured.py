@@ -155,7 +155,22 @@ def speed():
         f"For {waiting:.0f} % of the libraries' {seconds:.1f} s the card only waits for work. "
         f"{ours['prompts']} answers of {ours['new_tokens']} tokens took {ours['seconds']:.1f} s, "
         f"{round(ours['tok_per_s'], -2):,.0f} tokens a second; `model.generate` with "
-        f"{theirs['slots']} rows took {theirs['seconds']:.0f} s.")
+        f"{theirs['slots']} rows took {theirs['seconds']:.0f} s.{in_fp8()}")
+
+
+def in_fp8():
+    """What FP8 gains and costs, in words; empty without a measurement of both."""
+    full = read("results.json")
+    found = [r for r in full["bench"] if r["name"] == "fp8"]
+    if not found or not full.get("fp8"):
+        return ""
+    exact = next(r for r in full["bench"] if r["name"] == "speed"
+                 and all(r[key] == found[0][key] for key in ("base", "device")))
+    loss, before = (run["best_validation_loss"] for run in (full["fp8"], full["training"]["summary"]))
+    return (f" On one {exact['device']}, `precision=fp8` took {found[0]['s_per_step']:.2f} s a step, "
+            f"{exact['s_per_step'] / found[0]['s_per_step']:.1f} times as fast as the exact "
+            f"{exact['s_per_step']:.2f} s; the committed training, done again in FP8, ended with a "
+            f"validation loss of {loss:.4f} instead of {before:.4f} ({100 * (loss / before - 1):+.2f} %).")
 
 
 def fill(source):
