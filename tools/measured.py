@@ -170,7 +170,8 @@ def in_fp8():
     return (f" On one {exact['device']}, `precision=fp8` took {found[0]['s_per_step']:.2f} s a step, "
             f"{exact['s_per_step'] / found[0]['s_per_step']:.1f} times as fast as the exact "
             f"{exact['s_per_step']:.2f} s; the committed training, done again in FP8, ended with a "
-            f"validation loss of {loss:.4f} instead of {before:.4f} ({100 * (loss / before - 1):+.2f} %).")
+            f"validation loss of {loss:.4f} instead of {before:.4f} "
+            f"({100 * (loss / before - 1):+.2f} %).")
 
 
 def fill(source):
