@@ -15,11 +15,11 @@ from .runs import check_room, hold_run, load_run, start_run
 
 # %% auto #0
 __all__ = ['STAGES', 'WORK', 'QUIET', 'IMPORTS', 'PATIENCE', 'HELP', 'INTERRUPT', 'notebooks', 'check_parameters', 'preflight',
-           'work_files', 'StageClock', 'Terminal', 'tell_failure', 'end_kernel', 'KernelAhead', 'execute', 'run_stage',
-           'run', 'package_row', 'llama_within_reach', 'doctor', 'find_run', 'read_prompts', 'lines_alone',
-           'answer_batch', 'speak', 'obey', 'read_line', 'converse', 'chat', 'bench_cells', 'run_bench', 'tell_cost',
-           'tell_judgment', 'judge', 'recipe_options', 'run_options', 'chat_options', 'bench_options', 'judge_options',
-           'make_parser', 'dispatch', 'main']
+           'work_files', 'StageClock', 'Terminal', 'tell_failure', 'start_kernel', 'end_kernel', 'KernelAhead',
+           'execute', 'run_stage', 'run', 'package_row', 'llama_within_reach', 'doctor', 'find_run', 'read_prompts',
+           'lines_alone', 'answer_batch', 'speak', 'obey', 'read_line', 'converse', 'chat', 'bench_cells', 'run_bench',
+           'tell_cost', 'tell_judgment', 'judge', 'recipe_options', 'run_options', 'chat_options', 'bench_options',
+           'judge_options', 'make_parser', 'dispatch', 'main']
 
 # %% ../nbs/cli.ipynb #e83f6335
 STAGES = ["01_data", "02_train", "03_eval", "04_chat", "05_report"]
@@ -56,11 +56,15 @@ def preflight(
     "Find out before a kernel starts what is missing or broken."
     from transformers.training_args import OptimizerNames
     from dolly_lora.data import load_dolly
+    from dolly_lora.hardware import multiplies_fp8
     from dolly_lora.models import check_base
     from dolly_lora.processes import count_processes
     from dolly_lora.verdicts import check_evaluation
     check_room(out, 0.2 if recipe.dataset == "sample" else 2)
     count_processes(recipe)
+    if recipe.precision == "fp8" and not multiplies_fp8():
+        raise ConfigError("precision=fp8 needs a Hopper card or later (compute capability 9.0): "
+                          "set precision=auto")
     if recipe.optimizer not in list(OptimizerNames):
         near = suggest(recipe.optimizer, [str(o.value) for o in OptimizerNames])
         raise ConfigError(f"transformers has no optimizer {recipe.optimizer!r}{near}")
@@ -162,11 +166,27 @@ def tell_failure(
 QUIET = ["--log-level=50"]  # of a kernel
 IMPORTS = "torch", "transformers.modeling_utils", "datasets", "matplotlib.pyplot"
 
+def start_kernel(): # an AsyncKernelManager; to be ended by `end_kernel`
+    "Start a kernel that imports what takes long; the notebook's namespace stays empty."
+    from jupyter_client import AsyncKernelManager
+    from jupyter_core.utils import ensure_event_loop, run_sync
+    ensure_event_loop(prefer_selector_loop=True)  # Windows: the one that pyzmq needs
+    class Manager(AsyncKernelManager):
+        def client(self, **kwargs):
+            self.made = super().client(**kwargs)
+            return self.made
+    kernel = Manager(kernel_name="python3")
+    line = "; ".join(f"__import__('{name}')" for name in IMPORTS)
+    run_sync(kernel.start_kernel)(cwd=str(project_root()),
+                                  extra_arguments=[*QUIET, f"--IPKernelApp.exec_lines={line}"])
+    return kernel
+
 def end_kernel(
-    kernel, # an AsyncKernelManager
+    kernel, # from `start_kernel`
 ):
-    "End a kernel at once."
+    "End a kernel at once, and the connection to it."
     from jupyter_core.utils import run_sync
+    if hasattr(kernel, "made"): kernel.made.stop_channels()
     run_sync(kernel.shutdown_kernel)(now=True)
 
 class KernelAhead:
@@ -174,23 +194,20 @@ class KernelAhead:
     def __init__(self):
         self.kernel = None
 
-    def start(self):
-        "Start a kernel; what it imports is not in the notebook's namespace."
-        from jupyter_client import AsyncKernelManager
-        from jupyter_core.utils import run_sync
-        line = "; ".join(f"__import__('{name}')" for name in IMPORTS)
-        self.kernel = AsyncKernelManager(kernel_name="python3")
-        run_sync(self.kernel.start_kernel)(
-            cwd=str(project_root()),
-            extra_arguments=[*QUIET, f"--IPKernelApp.exec_lines={line}"])
-
     def take(self,
         stage: str, # that is about to run
-    ): # an AsyncKernelManager, to be ended by `end_kernel`
+    ): # from `start_kernel`
         "Hand out the kernel, and start the one of the stage after this one."
-        if self.kernel is None: self.start()
-        kernel, self.kernel = self.kernel, None
-        if stage != STAGES[-1]: self.start()
+        from jupyter_core.utils import run_sync
+        if self.kernel and not run_sync(self.kernel.is_alive)():  # it was killed while it waited
+            self.close()
+        kernel, self.kernel = self.kernel or start_kernel(), None
+        try:
+            if stage != STAGES[-1]: self.kernel = start_kernel()
+        except OSError: pass  # it is started when its stage begins
+        except BaseException:
+            end_kernel(kernel)
+            raise
         return kernel
 
     def close(self):
@@ -418,8 +435,8 @@ def answer_batch(
     lines = []
     for prompt, answer in zip(prompts, answers):
         output, mark, _ = answer.text.partition(NEXT_TURN)
-        lines.append(prompt | dict(output=output.rstrip(), finished=answer.finished,
-                                   asked_itself=bool(mark)))
+        lines.append(prompt | dict(output=output.rstrip(), asked_itself=bool(mark),
+                                   finished=answer.finished and not mark))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if not out:
         print(text, end="", file=stream)
@@ -747,6 +764,11 @@ def make_parser() -> argparse.ArgumentParser:
         "bench", help="measure a training step: seconds, tokens, memory, utilisation"))
     judge_options(commands.add_parser(
         "judge", help="have a finished run's answers judged by another judge"))
+    p = commands.add_parser("export", help="write a run's model for other programs")
+    p.add_argument("--run-dir", default="runs/demo")
+    p.add_argument("--to", choices=["merged"], default="merged",
+                   help="one ordinary model in 16 bits, for transformers and vLLM (default)")
+    p.add_argument("--out", default="", help="folder (default RUN_DIR/export/merged)")
     p = commands.add_parser("report", help="write the report of a finished run")
     p.add_argument("--run-dir", default="runs/demo")
     p.add_argument("--out", default="", help="folder (default RUN_DIR/report)")
@@ -773,8 +795,13 @@ def dispatch(
                          args.generate, args.steps, args.prompts, args.new_tokens, args.chat)
     if args.command == "judge":
         return judge(args.run_dir, args.judge, args.dry_run)
+    folder, recipe = find_run(args.run_dir)
+    if args.command == "export":
+        from dolly_lora.export import export_merged
+        out = project_root() / args.out if args.out else None
+        print(short_path(export_merged(recipe, folder, out)))
+        return 0
     from dolly_lora.report import write_report
-    folder, _ = find_run(args.run_dir)
     out = project_root() / args.out if args.out else folder / "report"
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{args.out} is a file: give a folder as --out")

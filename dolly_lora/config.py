@@ -19,7 +19,9 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # huggingface_hub reports every retry when there is no network
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 # transformers warns of settings that its own callers chose
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error");
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# the Hugging Face libraries report who trains with them; kernels and helpers inherit this
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1");
 
 # %% ../nbs/00_config.ipynb #c6a8aaf5
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/03a_generate.ipynb #03a002
 from __future__ import annotations
-import hashlib, itertools, json, os, time
+import functools, hashlib, itertools, json, os, time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -67,7 +67,7 @@ def generate_plain(
     max_new_tokens: int,       # longest answer
     slots: int,                # prompts at a time
     todo: Iterable[int],       # numbers of the prompts to answer
-    adapted: list[bool] | None = None, # do the adapters count, prompt by prompt? None: in all
+    adapted: list[bool] | None = None, # do the adapters count, prompt by prompt? None: as they are
 ) -> Iterator[tuple[int, list[int]]]: # number of a prompt, generated ids
     "Answer prompts with `model.generate`, a batch at a time."
     if adapted:  # first those without the adapters, then the others
@@ -143,7 +143,7 @@ def answer_prompts(
     batch_size: int,          # prompts at a time, at most
     todo: Iterable[int],      # numbers of the prompts to answer
     log,                      # gets a line when memory runs out
-    adapted: list[bool] | None = None,
+    adapted: list[bool] | None = None, # do they count, prompt by prompt? None: as they are
 ) -> Iterator[tuple[int, Answer]]: # number of a prompt; `DollyError` if one alone is too much
     "Answer prompts the fast way if possible; when memory runs out, with half as many at a time."
     longest = max(map(len, encoded), default=0) + max_new_tokens
@@ -196,7 +196,9 @@ def generate(
     "Answer every prompt once; greedy unless a temperature is given."
     temperatures = np.broadcast_to(np.asarray(temperature, np.float32), len(prompts))
     encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
-    if not isinstance(provenance, list): provenance = [provenance] * len(prompts)
+    if not isinstance(provenance, list):
+        provenance = [dict(given=provenance, adapted=on) if adapted else provenance
+                      for on in adapted or prompts]
     keys = answer_keys(prompts, temperatures, max_new_tokens, seed, provenance)
     done = {k: answer for k in keys if rows and k in rows and (answer := kept_answer(rows[k]))}
     todo = {}  # key -> number of the first prompt that has it
@@ -217,7 +219,9 @@ def generate(
             if time.time() - shown > 10 or made == len(todo):
                 shown = time.time()
                 log(progress_line(len(done), len(set(keys)), made, tokens, shown - start))
-    finally: model.train(training)
+    finally:
+        answers.close()  # or an interruption could leave the adapters off
+        model.train(training)
     return [done[k] for k in keys]
 
 # %% ../nbs/03a_generate.ipynb #3a0a0011
@@ -269,34 +273,33 @@ def provenance(
                 adapter=file_sha256(adapter)[:16] if name == "tuned" else None)
 
 # %% ../nbs/03a_generate.ipynb #07a91dda
-def _columns(recipe, run_dir, asked): # prompts, temperatures, what else each answer depends on
-    made_by = {name: provenance(recipe, run_dir, name) for name in {name for name, _, _ in asked}}
+def _columns(made_by, asked): # prompts, temperatures, what else each answer depends on
     return ([prompt for _, prompt, _ in asked], [temperature for _, _, temperature in asked],
-            [made_by[name] for name, _, _ in asked])
+            [made_by(name) for name, _, _ in asked])
 
 def answer_asked(
     model, tokenizer,    # from `load_tuned` and `load_tokenizer`
     recipe: Recipe,      # decoding limits and seed
-    run_dir: Path,       # holds the adapter
+    made_by,             # a contender's `provenance`
     asked: list[tuple],  # (contender, prompt, temperature)
     max_new_tokens: int, # longest answer
     rows: JsonlCache,    # finished answers are read from here and added to it
     log=print,           # gets the progress lines
 ) -> list[Answer]: # in the order of `asked`
     "Answers of several contenders, in one pass."
-    prompts, temperatures, made_by = _columns(recipe, run_dir, asked)
+    prompts, temperatures, depends_on = _columns(made_by, asked)
     return generate(model, tokenizer, prompts, max_new_tokens, recipe.generation_batch_size,
-                    temperatures, recipe.seed, log, rows, made_by,
+                    temperatures, recipe.seed, log, rows, depends_on,
                     adapted=[name == "tuned" for name, _, _ in asked])
 
 def unanswered(
-    model, tokenizer, recipe: Recipe, run_dir: Path, asked: list[tuple], # as in `answer_asked`
+    model, tokenizer, recipe: Recipe, made_by, asked: list[tuple], # as in `answer_asked`
     max_new_tokens: int, # longest answer
     rows: JsonlCache,    # finished answers
 ) -> dict[tuple, int]: # those of `asked` that have no answer, each once -> tokens of the prompt
-    "What several cards have to share."
-    prompts, temperatures, made_by = _columns(recipe, run_dir, asked)
-    keys = answer_keys(prompts, temperatures, max_new_tokens, recipe.seed, made_by)
+    "The prompts without an answer yet, with their lengths, for `Cards.map` to share out."
+    prompts, temperatures, depends_on = _columns(made_by, asked)
+    keys = answer_keys(prompts, temperatures, max_new_tokens, recipe.seed, depends_on)
     encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
     new = {key: (one, len(ids)) for key, one, ids in zip(keys, asked, encoded)
            if key not in rows or not kept_answer(rows[key])}
@@ -311,23 +314,25 @@ def answer_share(
 ) -> list[Answer]:
     "What a helper of `Cards` does for `make_answerer`."
     rows = JsonlCache(card_file(path, int(os.environ["LOCAL_RANK"])))
-    return answer_asked(*loaded_run(recipe, run_dir), recipe, run_dir, asked, max_new_tokens, rows)
+    made_by = functools.cache(lambda name: provenance(recipe, run_dir, name))
+    return answer_asked(*loaded_run(recipe, run_dir), recipe, made_by, asked, max_new_tokens, rows)
 
 # %% ../nbs/03a_generate.ipynb #1364f134
 def make_answerer(
     model, tokenizer, # from `load_tuned` and `load_tokenizer`
     recipe: Recipe,   # decoding limits and seed
-    run_dir: Path,    # answers go to RUN_DIR/answers/NAME.jsonl
+    run_dir: Path,    # answers go to RUN_DIR/answers/answers.jsonl
     log=print,        # gets the progress lines
     cards: Cards | None = None, # share the prompts; None: this process answers them all
 ): # a function: {contender: prompts}, temperatures of each one's prompts (0), max_new_tokens
    # (recipe.benchmark_tokens) to {contender: Answers}
     "How the contenders answer in this run: all together, each prompt once."
     path = Path(run_dir) / "answers" / "answers.jsonl"
+    made_by = functools.cache(lambda name: provenance(recipe, run_dir, name))
     def answer(prompts, temperatures=0.0, max_new_tokens=recipe.benchmark_tokens):
         asked = [(name, prompt, float(t)) for name, own in prompts.items()
                  for prompt, t in zip(own, np.broadcast_to(temperatures, len(own)))]
-        how = model, tokenizer, recipe, run_dir
+        how = model, tokenizer, recipe, made_by
         with hold_run(run_dir):
             rows = gather_rows(path)
             if cards and cards.number > 1:

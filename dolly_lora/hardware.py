@@ -36,8 +36,10 @@ def is_ampere(
 def multiplies_fp8(
     device=None, # of a tensor or a model; default: the current card
 ) -> bool: # False on a CPU
-    "Is this a card of compute capability 8.9 or more, which multiplies 8-bit numbers?"
-    return is_ampere(device) and torch.cuda.get_device_capability(device) >= (8, 9)
+    "Is this a Hopper card or a later one, and a PyTorch that multiplies 8-bit numbers on it?"
+    if torch.version.hip or sys.platform == "win32":  # scales by row are not built there
+        return False
+    return is_ampere(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 def multiplies_bf16() -> bool:
     "Has this CPU instructions for bf16 products (AVX512-BF16 or AMX)?"

@@ -4,8 +4,7 @@
 
 # %% ../nbs/02_train.ipynb #d0e8f560
 from __future__ import annotations
-import gc, os
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+import gc
 from pathlib import Path
 import torch
 from .config import DollyError, Recipe

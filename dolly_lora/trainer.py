@@ -574,6 +574,7 @@ def fit(
 ) -> tuple[DollyTrainer, dict]: # the trainer with the best weights; facts for `training_history`
     "Train to the end, from the last whole checkpoint, in as much memory as there is."
     attempt, shrink = recipe, 1
+    remedy = "precision=auto" if recipe.precision == "fp8" else "memory=frugal"
     while True:
         try:
             checkpoint = last_checkpoint(run_dir, log)
@@ -586,8 +587,8 @@ def fit(
             return trainer, run_facts(trainer, checkpoint)
         except torch.OutOfMemoryError:
             if "LOCAL_RANK" in os.environ:
-                raise DollyError("out of GPU memory in one of several processes: "
-                                 "set memory=frugal") from None
+                raise DollyError(f"out of GPU memory in one of several processes: "
+                                 f"set {remedy}") from None
         trainer = None  # or its memory would stay in use
         gc.collect()
         torch.cuda.empty_cache()
@@ -595,7 +596,7 @@ def fit(
             attempt = replace(attempt, memory="frugal")
         elif shrink < 16: shrink *= 2
         else:
-            raise DollyError(f"out of GPU memory with rows of one example: set memory=frugal or a "
+            raise DollyError(f"out of GPU memory with rows of one example: set {remedy} or a "
                              f"max_length below {recipe.max_length}")
         how = "activations are computed again" if shrink == 1 else f"rows are cut to 1/{shrink}"
         log(f"out of memory: again from the last checkpoint, {how}; "

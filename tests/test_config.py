@@ -103,3 +103,9 @@ def test_an_address_without_a_login_hides_nothing(address):
 def test_a_token_before_the_host_is_a_login():
     assert "sk-token" in login_forms("https://sk-token@judge.example")
     assert base64.b64encode(b"sk-token:").decode() in login_forms("https://sk-token@judge.example")
+
+
+def test_nobody_is_told_who_trains():
+    """Also in a kernel that imports transformers before anything of ours."""
+    import os
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"

@@ -324,3 +324,24 @@ def test_gpu_an_answer_in_bf16_does_not_depend_on_its_company():
     for key in list(rows)[::2]: del rows[key]
     assert generate(model, tokenizer, PROMPTS, 96, 32, temperatures, rows=rows) == whole
     assert len({a.text for a in whole}) > 30
+
+
+class Full(JsonlCache):
+    def add(self, key, row):
+        raise DollyError("the disk is full")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_one_prompt_for_both_voices_gets_two_answers(fast, tmp_path):
+    """And an interruption leaves the adapters on."""
+    model, prompts = add_lora(tiny_model(), PRESETS["tiny"]), ["Name a prime."] * 2
+    for name, p in model.named_parameters():
+        if "lora_B" in name: torch.nn.init.normal_(p, std=0.3)
+    with patch("dolly_lora.generate.is_decodable", return_value=fast):
+        tuned, base = generate(model, TOKENIZER, prompts, 8, adapted=[True, False])
+        assert tuned == generate(model, TOKENIZER, prompts[:1], 8)[0] != base
+        with pytest.raises(DollyError, match="full") as error:
+            generate(model, TOKENIZER, prompts, 8, adapted=[False, True],
+                     rows=Full(tmp_path / "rows.jsonl"))
+        layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+        assert error.tb and not any(layer.disable_adapters for layer in layers)

@@ -392,7 +392,7 @@ def hold_weights(
     groups: list[LoRAGroup], # from `llama_blocks`
     keep_weights: bool,      # dequantise NF4 weights now and hold them, rather than at every use
     dtype: torch.dtype,      # of the computation
-    fp8: bool = False,       # hold all weights in FP8; the others are dequantised when needed
+    fp8: bool = False,       # hold FP8 copies; exact passes dequantise NF4 weights when needed
 ):
     "Give every group its weight, or a workspace to dequantise it to."
     with torch.inference_mode(False), torch.no_grad():  # a model that has answered can be trained

@@ -379,7 +379,7 @@ def decode_all(
     max_new_tokens: int, # of an answer
     slots: int,          # answers at a time, at most
     todo: Iterable[int], # numbers of the prompts to answer
-    adapted: list[bool] | None = None, # do the adapters count, prompt by prompt? None: in all
+    adapted: list[bool] | None = None, # do the adapters count, prompt by prompt? None: as they are
 ) -> Iterator[tuple[int, list[int]]]: # (number, token ids of the answer), as they are finished
     "Answer prompts; `torch.OutOfMemoryError` says with its `slots` how many were too many."
     slots, capacity, keep_weights = plan_slots(

@@ -23,7 +23,7 @@ class MemoryPlan:
     token_budget: int  # tokens of a packed batch, at most
     examples: int = 16  # of a packed batch, at most
     longest: int = 1024 # tokens of an example, at most
-    fp8: bool = False   # hold the weights in FP8 instead, and multiply in it
+    fp8: bool = False   # hold the weights in FP8 and learn with them
 
     def __str__(self):
         activations = ("frugal: activations are computed again" if self.recompute

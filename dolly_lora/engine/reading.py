@@ -69,8 +69,12 @@ def _padded(model, texts, wanted):
     places = [(i, at) for i, here in enumerate(wanted) for at in here]
     hook = base_model(model).get_output_embeddings().register_forward_pre_hook(
         lambda _, inputs: (inputs[0][tuple(zip(*places))],))
+    training = model.training
+    model.eval()
     try: return model(input_ids=ids.to(model.device), use_cache=False).logits
-    finally: hook.remove()
+    finally:
+        hook.remove()
+        model.train(training)
 
 # %% ../../nbs/03h_reading.ipynb #ab8d1d76
 @torch.inference_mode()
@@ -92,3 +96,4 @@ def next_logits(
         chosen = [texts[i] for i in numbers], [wanted[i] for i in numbers]
         logits = _packed(reader, *chosen) if reader else _padded(model, *chosen)
         yield from zip(numbers, logits.split([len(wanted[i]) for i in numbers]))
+        del logits  # before there are others

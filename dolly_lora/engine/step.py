@@ -159,8 +159,8 @@ def make_engine(
             raise DollyError("precision=fp8 is for a Llama with plain LoRA adapters, which this "
                              "model is not: set precision=auto")
         if not multiplies_fp8(model.device):
-            raise DollyError("precision=fp8 needs a Hopper card or later (compute capability 8.9 "
-                             "or more): set precision=auto")
+            raise DollyError("precision=fp8 needs a Hopper card or later (compute capability 9.0): "
+                             "set precision=auto")
     plan = plan_memory(model, recipe)
     if fused: return FusedLlama(model, plan)
     if plan.recompute:
