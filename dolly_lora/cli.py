@@ -4,8 +4,8 @@
 
 # %% ../nbs/cli.ipynb #27cfb78f
 from __future__ import annotations
-import argparse, contextlib, dataclasses, importlib.metadata, importlib.util, json, os, shlex
-import shutil, signal, sys, threading, time, warnings
+import argparse, contextlib, dataclasses, importlib.metadata, importlib.util, json, logging, os
+import shlex, shutil, signal, sys, threading, time, warnings
 from pathlib import Path
 from packaging.requirements import Requirement
 from .config import (
@@ -186,6 +186,8 @@ def end_kernel(
 ):
     "End a kernel at once, and the connection to it."
     from jupyter_core.utils import run_sync
+    # an interrupted client would say later that its task has met a dead kernel
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if hasattr(kernel, "made"): kernel.made.stop_channels()
     run_sync(kernel.shutdown_kernel)(now=True)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dolly_lora.engine import decoder, graphs
+from dolly_lora.engine import decoder, graphs, reading
 from dolly_lora.engine.graphs import GraphRecorder, StepGraphs
 from dolly_lora.engine.kernels import PLAIN
 from dolly_lora.engine.memory import MemoryPlan
@@ -109,7 +109,7 @@ def test_a_recorded_decoder_answers_as_the_plain_one(replayed):
 
     def answers(ops):
         draws = [decoder.uniform_draws(str(i), 1, 12) for i in range(5)]
-        with patch.object(decoder, "operations", return_value=ops), torch.inference_mode():
+        with patch.object(reading, "operations", return_value=ops), torch.inference_mode():
             return dict(decoder.decode_all(model, tokenizer, prompts, [0, 0.8, 0, 0.8, 0], draws,
                                            12, 2, range(5)))
     card = replace(PLAIN, fused=True)    # the same formulas, recorded
