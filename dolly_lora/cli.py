@@ -186,8 +186,6 @@ def end_kernel(
 ):
     "End a kernel at once, and the connection to it."
     from jupyter_core.utils import run_sync
-    # an interrupted client would say later that its task has met a dead kernel
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if hasattr(kernel, "made"): kernel.made.stop_channels()
     run_sync(kernel.shutdown_kernel)(now=True)
 
@@ -232,6 +230,8 @@ def execute(
     from nbclient.exceptions import CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
     target.parent.mkdir(exist_ok=True)
+    for name in "papermill", "asyncio":  # after Ctrl-C they tell of a dead kernel and its tasks
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     kernel = ahead.take(stage) if ahead else None
     try:
         papermill.execute_notebook(
