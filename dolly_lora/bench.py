@@ -19,7 +19,8 @@ from .data import build_prompt, clean, encode_split, load_dolly, split
 from .engine.decoder import decode_all
 from .engine.memory import MemoryPlan, plan_memory
 from .engine.packing import PackedModel
-from .engine.step import FlatParameters, FusedLlama, make_engine
+from .engine.step import (
+    FlatParameters, FusedLlama, make_engine, require_fp8)
 from .files import read_json, write_json
 from .generate import generate_plain
 from .hardware import compute_dtype, device, device_name, peak_memory
@@ -369,6 +370,8 @@ def bench(
     for peer in peers:
         if peer not in METHODS:
             raise ConfigError(f"no way {peer!r} to do a step{suggest(peer, METHODS)}")
+    own = own_method(recipe)
+    if "fp8" in (*peers, own): require_fp8()
     processes = count_processes(recipe)
     data = bench_examples(recipe, steps)
     steps = len(data) // recipe.batch_size
@@ -377,7 +380,6 @@ def bench(
                  tokens_per_step=sum(len(ids) for ids in data["input_ids"]) / steps,
                  matrix_tflops=rate / 1e12)
     table = []
-    own = own_method(recipe)
     for method in [p for p in peers if p != own] + [own]:
         table.append(measure_step(method, recipe, data, rate) | about)
         log(table[-1])

@@ -56,15 +56,13 @@ def preflight(
     "Find out before a kernel starts what is missing or broken."
     from transformers.training_args import OptimizerNames
     from dolly_lora.data import load_dolly
-    from dolly_lora.hardware import multiplies_fp8
+    from dolly_lora.engine.step import require_fp8
     from dolly_lora.models import check_base
     from dolly_lora.processes import count_processes
     from dolly_lora.verdicts import check_evaluation
     check_room(out, 0.2 if recipe.dataset == "sample" else 2)
     count_processes(recipe)
-    if recipe.precision == "fp8" and not multiplies_fp8():
-        raise ConfigError("precision=fp8 needs a Hopper card or later (compute capability 9.0): "
-                          "set precision=auto")
+    if recipe.precision == "fp8": require_fp8()
     if recipe.optimizer not in list(OptimizerNames):
         near = suggest(recipe.optimizer, [str(o.value) for o in OptimizerNames])
         raise ConfigError(f"transformers has no optimizer {recipe.optimizer!r}{near}")
@@ -232,8 +230,9 @@ def execute(
     target.parent.mkdir(exist_ok=True)
     for name in "papermill", "asyncio":  # after Ctrl-C they tell of a dead kernel and its tasks
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    kernel = ahead.take(stage) if ahead else None
+    kernel = None
     try:
+        if ahead: kernel = ahead.take(stage)
         papermill.execute_notebook(
             str(folder / f"{stage}.ipynb"), str(target), parameters, progress_bar=False,
             stdout_file=Terminal(), cwd=str(project_root()), kernel_name="python3",

@@ -4,7 +4,7 @@
 
 # %% ../nbs/04c_export.ipynb #2f09654e
 from __future__ import annotations
-import copy, os, shutil
+import copy, json, os, shutil
 from pathlib import Path
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from .data import build_prompt, encode_all, prepare_data
 from .engine.reading import next_logits
 from .files import write_json, write_text
 from .generate import generate
+from .hardware import free_memory
 from .models import base_model, load_tokenizer, load_tuned
+from .runs import check_room
 
 # %% auto #0
-__all__ = ['CHAT_TEMPLATE', 'MOST_KL', 'MOST_LOSS', 'CARD', 'merged_weights', 'with_template', 'write_merged', 'certify',
-           'export_merged']
+__all__ = ['MOST_KL', 'MOST_LOSS', 'CARD', 'merged_weights', 'with_template', 'write_merged', 'certify', 'export_merged']
 
 # %% ../nbs/04c_export.ipynb #a7bf59ca
 def merged_weights(
@@ -41,14 +42,15 @@ def merged_weights(
     return weights
 
 # %% ../nbs/04c_export.ipynb #ccb98521
-# what `fit_prompt` of 04a_conversation does, for programs that know only the tokenizer
-CHAT_TEMPLATE = """\
+# what `fit_prompt` of 04a_conversation does, for programs that know only the tokenizer;
+# BEFORE and AFTER stand for what `build_prompt` puts around an instruction
+_TEMPLATE = """\
 {%- set said = namespace(wish="") -%}
 {%- for m in messages -%}
 {%- if m.role == "system" -%}
 {%- set said.wish = m.content | trim ~ "\n\n" if m.content | trim else "" -%}
 {%- elif m.role == "user" -%}
-{{- "### Instruction:\n" ~ said.wish ~ m.content ~ "\n\n### Response:\n" -}}
+{{- BEFORE ~ said.wish ~ m.content ~ AFTER -}}
 {%- set said.wish = "" -%}
 {%- else -%}
 {{- m.content ~ eos_token ~ ("" if loop.last else "\n\n") -}}
@@ -62,13 +64,15 @@ def with_template(
     out = copy.deepcopy(tokenizer)
     start = tokenizer.bos_token_id
     starts = start is not None and start in tokenizer("").input_ids
-    out.chat_template = ("{{- bos_token -}}\n" if starts else "") + CHAT_TEMPLATE
+    before, after = map(json.dumps, build_prompt("QUESTION").split("QUESTION"))
+    template = _TEMPLATE.replace("BEFORE", before).replace("AFTER", after)
+    out.chat_template = ("{{- bos_token -}}\n" if starts else "") + template
     return out
 
 # %% ../nbs/04c_export.ipynb #3890f3f3
 def write_merged(
     model, tokenizer, # from `load_tuned` and `load_tokenizer`
-    folder: Path,     # gets the model; what was exported there before is replaced
+    folder: Path,     # gets the model
 ):
     "Write the merged model in 16 bits, as transformers, vLLM and converters to GGUF read it."
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -98,7 +102,9 @@ def certify(
     "Load an export with transformers alone, and compare it with the model it was made from."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers import __version__ as version
-    device = base_model(model).device
+    base = base_model(model)
+    fits = 2 * 1.2 * base.num_parameters() < free_memory()  # beside the model on its card
+    device = base.device if fits else torch.device("cpu")
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
     examples = [e for e in encode_all(rows, tokenizer, recipe.max_length)
                 if any(label != -100 for label in e["labels"][1:])]
@@ -107,7 +113,8 @@ def certify(
     losses, kl = [], []
     for i, ours in next_logits(model, texts, wanted, tokens=2048):
         ids, at = torch.tensor([texts[i]], device=device), torch.tensor(wanted[i], device=device)
-        p, q = (logits.float().log_softmax(-1) for logits in (ours, theirs(ids).logits[0, at]))
+        p, q = (logits.to(device).float().log_softmax(-1)
+                for logits in (ours, theirs(ids).logits[0, at]))
         kl.append((p.exp() * (p - q)).sum(-1))
         targets = ids[0, at + 1]
         losses.append(torch.stack([F.nll_loss(x, targets, reduction="none") for x in (p, q)]))
@@ -151,6 +158,7 @@ def export_merged(
         raise DollyError(f"{short_path(folder)} is there and no export of ours: "
                          f"give another folder")
     model, tokenizer = load_tuned(recipe, run_dir), load_tokenizer(recipe)
+    check_room(folder, 2.2 * base_model(model).num_parameters() / 2**30)
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         log("merging")

@@ -1,5 +1,7 @@
 """The recipe and its presets, the project's folder, and messages that keep secrets."""
 import base64
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -106,6 +108,13 @@ def test_a_token_before_the_host_is_a_login():
 
 
 def test_nobody_is_told_who_trains():
-    """Also in a kernel that imports transformers before anything of ours."""
-    import os
-    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    """Nor by a kernel that imports transformers before anything of ours."""
+    child = "from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    code = f"""
+import os, subprocess, sys
+os.environ.pop("HF_HUB_DISABLE_TELEMETRY", None)
+import dolly_lora.cli
+subprocess.run([sys.executable, "-c", {child!r}], check=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "True", done.stderr

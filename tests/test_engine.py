@@ -61,6 +61,18 @@ def test_fp8_is_refused_in_one_line_where_it_cannot_be():
     assert not any("\n" in str(error.value) for error in (card, shape, memory))
 
 
+def test_fp8_is_refused_before_anything_is_measured_or_started(tmp_path, monkeypatch):
+    from dolly_lora import bench, cli
+    measured = []
+    monkeypatch.setattr(bench, "measure_step", lambda *args: measured.append(args))
+    monkeypatch.setattr("dolly_lora.engine.step.multiplies_fp8", lambda device: False)
+    with pytest.raises(DollyError, match="needs a Hopper card"):
+        bench.bench(TINY, ["stock", "fp8"])
+    with pytest.raises(DollyError, match="needs a Hopper card"):
+        cli.preflight(replace(TINY, precision="fp8"), tmp_path)
+    assert not measured
+
+
 def test_a_plan_in_fp8_holds_weights_and_activations():
     plan = plan_memory(adapted(tiny_model()), replace(TINY, precision="fp8"), free=2**36)
     assert plan.fp8 and plan.keep_weights and not plan.recompute and "in FP8" in str(plan)

@@ -229,7 +229,8 @@ class Decoder:
         draws,                    # float32 [new tokens, at most] a prompt, from `uniform_draws`
         top_p: list[float] | None = None, # one number a prompt, see `choose`
         kept: list[int] | None = None, # tokens of each prompt that its slot's cache begins with
-        adapted: list[bool] | None = None, # do the adapters count, prompt by prompt? None: in all
+        adapted: list[bool] | None = None, # do the adapters count, prompt by prompt? None: in all;
+                                           # only a `mixed` decoder asks
     ):
         "Read prompts into slots and take their first tokens."
         draws, lengths = np.asarray(draws, np.float32), torch.tensor([len(p) for p in prompts])

@@ -17,7 +17,7 @@ from .packing import attend, has_varlen, PackedBatch, PackedModel
 from ..hardware import multiplies_fp8
 
 # %% auto #0
-__all__ = ['Engine', 'FusedLlama', 'make_engine']
+__all__ = ['Engine', 'FusedLlama', 'require_fp8', 'make_engine']
 
 # %% ../../nbs/02d_step.ipynb #i02d0002
 @runtime_checkable
@@ -148,6 +148,14 @@ def _learnt(batch):
     return slice(None) if recording else (batch.targets != -100).nonzero()[:, 0]
 
 # %% ../../nbs/02d_step.ipynb #02c037
+def require_fp8(
+    device=None, # of a tensor or a model; default: the current card
+):
+    "`DollyError` where products in FP8 cannot be computed."
+    if not multiplies_fp8(device):
+        raise DollyError("precision=fp8 needs a Hopper card or later (compute capability 9.0): "
+                         "set precision=auto")
+
 def make_engine(
     model,          # PeftModel, adapters in float32
     recipe: Recipe, # `memory`, `max_length` and `batch_size` decide about the memory
@@ -158,9 +166,7 @@ def make_engine(
         if not fused:
             raise DollyError("precision=fp8 is for a Llama with plain LoRA adapters, which this "
                              "model is not: set precision=auto")
-        if not multiplies_fp8(model.device):
-            raise DollyError("precision=fp8 needs a Hopper card or later (compute capability 9.0): "
-                             "set precision=auto")
+        require_fp8(model.device)
     plan = plan_memory(model, recipe)
     if fused: return FusedLlama(model, plan)
     if plan.recompute:
