@@ -35,6 +35,7 @@ class Recipe:
     max_length: int = 1024               # tokens an example is cut at
     val_fraction: float = 0.1            # share of records for validation
     test_fraction: float = 0.1           # share of records for the held-out test
+    template: str = "course"             # the prompt: the `course`'s, or the base's own `chat` template
     train_on: str = "response"           # loss on the `response` only, or on `all` tokens
     load_in_4bit: bool = True            # NF4, double quantisation; only where there is CUDA
     lora_r: int = 16                     # rank of the adapters
@@ -61,6 +62,7 @@ class Recipe:
     max_new_tokens: int = 512            # longest answer to a test prompt or in the chat, in tokens
     benchmark_tokens: int = 1024         # longest answer to AlpacaEval and MT-Bench, in tokens
     generation_batch_size: int = 16      # prompts answered together
+    report_to: str = "none"              # also log to `trackio`, `tensorboard` or `wandb`
 
     def __post_init__(self):
         check_recipe(self)
@@ -71,12 +73,13 @@ def check_recipe(
 ):
     "Refuse values that make no sense, alone or together."
     r = recipe
-    if r.train_on not in ("response", "all"):
-        raise ConfigError(f"train_on={r.train_on!r}: choose response or all")
-    if r.memory not in ("auto", "speed", "frugal"):
-        raise ConfigError(f"memory={r.memory!r}: choose auto, speed or frugal")
-    if r.precision not in ("auto", "fp8"):
-        raise ConfigError(f"precision={r.precision!r}: choose auto or fp8")
+    choices = dict(template=("course", "chat"), train_on=("response", "all"),
+                   memory=("auto", "speed", "frugal"), precision=("auto", "fp8"),
+                   report_to=("none", "trackio", "tensorboard", "wandb"))
+    for name, known in choices.items():
+        if getattr(r, name) not in known:
+            raise ConfigError(f"{name}={getattr(r, name)!r}: choose "
+                              f"{', '.join(known[:-1])} or {known[-1]}")
     if r.precision == "fp8" and r.memory == "frugal":
         raise ConfigError("precision=fp8 holds all weights, memory=frugal none: choose one of them")
     not_elementwise = ("adafactor|galore|lomo|adalomo|grokadamw|apollo|"
