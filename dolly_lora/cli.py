@@ -17,9 +17,9 @@ from .runs import check_room, hold_run, load_run, start_run
 __all__ = ['STAGES', 'WORK', 'QUIET', 'IMPORTS', 'PATIENCE', 'HELP', 'INTERRUPT', 'notebooks', 'check_parameters', 'preflight',
            'work_files', 'StageClock', 'Terminal', 'tell_failure', 'start_kernel', 'end_kernel', 'KernelAhead',
            'execute', 'run_stage', 'run', 'package_row', 'llama_within_reach', 'doctor', 'find_run', 'read_prompts',
-           'lines_alone', 'answer_batch', 'speak', 'obey', 'read_line', 'converse', 'chat', 'bench_cells', 'run_bench',
-           'tell_cost', 'tell_judgment', 'judge', 'recipe_options', 'run_options', 'chat_options', 'bench_options',
-           'judge_options', 'make_parser', 'dispatch', 'main']
+           'lines_alone', 'answer_batch', 'speak', 'obey', 'read_line', 'converse', 'chat', 'chat_gguf', 'bench_cells',
+           'run_bench', 'tell_cost', 'tell_judgment', 'judge', 'export', 'recipe_options', 'run_options',
+           'chat_options', 'bench_options', 'judge_options', 'export_options', 'make_parser', 'dispatch', 'main']
 
 # %% ../nbs/cli.ipynb #e83f6335
 STAGES = ["01_data", "02_train", "03_eval", "04_chat", "05_report"]
@@ -478,8 +478,8 @@ def obey(
         talk.clear()
     elif command == "/regen":
         speak(talk, talk.regenerate())
-    elif command == "/tuned" and not talk.has_adapter:
-        print("there is no adapter here: only the base model can answer")
+    elif command in ("/base", "/tuned") and command[1:] not in talk.voices:
+        print(f"only the {talk.voices[0]} can answer here")
     elif command in ("/base", "/tuned"):
         talk.which = command[1:]
     elif command == "/save":
@@ -573,6 +573,19 @@ def chat(
     talk = Chat(model, tokenizer, recipe.max_new_tokens, temperature=temperature, about=about)
     converse(talk, f"{recipe.base}{' with adapter ' + run_dir if lora else ''}. /help lists the "
                    f"commands, Ctrl-C stops an answer, /quit leaves.")
+    return 0
+
+# %% ../nbs/cli.ipynb #ee344fd3
+def chat_gguf(
+    path: str, # of the GGUF file
+    temperature: float = 0.0, # 0: the most likely token every time
+) -> int: # exit status
+    "Talk to a model that llama.cpp computes."
+    from dolly_lora.llamacpp import GGUFChat, LlamaCpp
+    with LlamaCpp(project_root() / path) as program:
+        talk = GGUFChat(program, temperature=temperature, about=dict(model=path))
+        converse(talk, f"{path} in {program.name}. /help lists the commands, Ctrl-C stops an "
+                       f"answer, /quit leaves.")
     return 0
 
 # %% ../nbs/cli.ipynb #i4268490
@@ -691,6 +704,28 @@ def judge(
     print(f"dolly-lora report --run-dir {run_dir} writes them into the report")
     return 0
 
+# %% ../nbs/cli.ipynb #5ab7a3d9
+def export(
+    recipe: Recipe, run_dir: Path, # from `find_run`
+    to: str,        # merged, gguf, gguf-adapter or hub
+    out: str = "",  # folder; default: one in RUN_DIR/export
+    outtype: str = "q8_0",  # of a GGUF file
+    repo: str = "", # USER/NAME on the hub
+    dry_run: bool = False,  # send nothing
+) -> str: # where it is now
+    "Write a run's model for other programs, with its certificate."
+    folder = project_root() / out if out else None
+    if to.startswith("gguf"):
+        from dolly_lora.gguf_files import export_gguf, export_gguf_adapter
+        if to == "gguf": return short_path(export_gguf(recipe, run_dir, outtype, folder))
+        return short_path(export_gguf_adapter(recipe, run_dir, folder))
+    from dolly_lora.export import export_merged, is_export_of, push_to_hub
+    folder = folder or run_dir / "export" / "merged"
+    if to == "hub" and not repo: raise DollyError("--to hub needs --repo USER/NAME")
+    if to == "merged" or not is_export_of(folder, recipe, run_dir):
+        folder = export_merged(recipe, run_dir, folder)
+    return push_to_hub(folder, repo, dry_run) if to == "hub" else short_path(folder)
+
 # %% ../nbs/cli.ipynb #3ebc7417
 def recipe_options(p): # `p`: an argparse parser
     "Options that change a recipe."
@@ -713,6 +748,8 @@ def chat_options(p): # `p`: an argparse parser
     p.add_argument("--batch", default="", metavar="FILE",
                    help="one prompt a line, or .jsonl; answers as JSON lines")
     p.add_argument("--base", default="", help="another base model, without adapter")
+    p.add_argument("--gguf", default="", metavar="FILE",
+                   help="talk to a GGUF file instead, computed by llama.cpp")
     p.add_argument("--out", default="", metavar="FILE",
                    help="for a batch's answers; the same command resumes it")
     p.add_argument("--temperature", type=float, default=0.0, help="of a conversation (default 0)")
@@ -751,6 +788,20 @@ def judge_options(p): # `p`: an argparse parser
     p.add_argument("--dry-run", action="store_true",
                    help="how many calls, about what cost; nothing is asked")
 
+def export_options(p): # `p`: an argparse parser
+    "Options of `export`."
+    p.add_argument("--run-dir", default="runs/demo")
+    p.add_argument("--to", choices=["merged", "gguf", "gguf-adapter", "hub"], default="merged",
+                   help="one ordinary model in 16 bits, for transformers and vLLM (default); one "
+                        "GGUF file for llama.cpp and Ollama; the adapter alone as GGUF; or the "
+                        "merged model to the Hugging Face hub")
+    p.add_argument("--outtype", choices=["f16", "q8_0", "q4_0"], default="q8_0",
+                   help="of the weights in a GGUF file (default q8_0)")
+    p.add_argument("--repo", default="", metavar="USER/NAME", help="on the hub")
+    p.add_argument("--dry-run", action="store_true", help="only say what the hub would be sent")
+    p.add_argument("--out", default="", metavar="FOLDER",
+                   help="default: a folder in RUN_DIR/export")
+
 # %% ../nbs/cli.ipynb #3ebc74ea
 def make_parser() -> argparse.ArgumentParser:
     "All commands and their options."
@@ -765,11 +816,7 @@ def make_parser() -> argparse.ArgumentParser:
         "bench", help="measure a training step: seconds, tokens, memory, utilisation"))
     judge_options(commands.add_parser(
         "judge", help="have a finished run's answers judged by another judge"))
-    p = commands.add_parser("export", help="write a run's model for other programs")
-    p.add_argument("--run-dir", default="runs/demo")
-    p.add_argument("--to", choices=["merged"], default="merged",
-                   help="one ordinary model in 16 bits, for transformers and vLLM (default)")
-    p.add_argument("--out", default="", help="folder (default RUN_DIR/export/merged)")
+    export_options(commands.add_parser("export", help="write a run's model for other programs"))
     p = commands.add_parser("report", help="write the report of a finished run")
     p.add_argument("--run-dir", default="runs/demo")
     p.add_argument("--out", default="", help="folder (default RUN_DIR/report)")
@@ -783,6 +830,7 @@ def dispatch(
     if args.command == "run":
         gpus = [] if args.gpus is None else [f"gpus={args.gpus}"]
         return run(args.preset, args.run_dir, shlex.join([*args.set, *gpus]), args.dataset)
+    if args.command == "chat" and args.gguf: return chat_gguf(args.gguf, args.temperature)
     if args.command == "chat":
         return chat(args.run_dir, args.batch, not args.no_lora, args.base, args.out,
                     args.temperature)
@@ -798,9 +846,7 @@ def dispatch(
         return judge(args.run_dir, args.judge, args.dry_run)
     folder, recipe = find_run(args.run_dir)
     if args.command == "export":
-        from dolly_lora.export import export_merged
-        out = project_root() / args.out if args.out else None
-        print(short_path(export_merged(recipe, folder, out)))
+        print(export(recipe, folder, args.to, args.out, args.outtype, args.repo, args.dry_run))
         return 0
     from dolly_lora.report import write_report
     out = project_root() / args.out if args.out else folder / "report"

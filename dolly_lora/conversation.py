@@ -375,7 +375,8 @@ class Chat:
         self.seed = seed
         self.about = about or {}
         self.has_adapter = hasattr(model, "disable_adapter")
-        self.which = "tuned" if self.has_adapter else "base"  # who answers: tuned, base or both
+        self.voices = ["base", "tuned"] if self.has_adapter else ["base"]
+        self.which = self.voices[-1]  # who answers: one of them, or both
         self.history: list[Turn] = []
         self.turn: Turn | None = None  # the one being made
         self._busy = threading.Lock()
@@ -459,6 +460,13 @@ class Chat:
                              f"give a name that ends in .jsonl or .md")
         return path
 
+    def _prompt(self, history, text): # the prompt, and how many of the oldest pairs are left out
+        room = self.max_tokens - self.max_new_tokens
+        return fit_prompt(self.tokenizer, history, text, room, self.system)
+
+    def _pieces(self, prompt, turns, stop): # fills in the turns, yields (who, growing answer)
+        return stream_answers(self.model, self.tokenizer, self.max_tokens, prompt, turns, stop)
+
     def _check_idle(self):
         if self._busy.locked():
             raise DollyError("an answer is being written: stop it first")
@@ -466,14 +474,13 @@ class Chat:
     def _answer(self, text, which, keep, seed):
         "Prepare a turn after the first `keep` ones; those behind them are replaced."
         self._check_idle()
-        if which != "base" and not self.has_adapter:
-            raise DollyError("there is no adapter here: only the base model can answer")
+        if which not in self.voices and not self.has_adapter:
+            raise DollyError(f"there is no adapter here: only the {self.voices[0]} can answer")
         if not 0 < self.top_p <= 1:
             raise DollyError(f"top_p is a share of probability, above 0 and up to 1, "
                              f"not {self.top_p}")
         history = [(turn.question, turn.answer) for turn in self.history[:keep] if turn.answer]
-        room = self.max_tokens - self.max_new_tokens
-        prompt, cut = fit_prompt(self.tokenizer, history, text, room, self.system)
+        prompt, cut = self._prompt(history, text)
         settings = dict(seed=seed, temperature=self.temperature, top_p=self.top_p,
                         max_new_tokens=self.max_new_tokens, system=self.system)
         if which == "both":
@@ -493,8 +500,7 @@ class Chat:
         self.turn = turns[-1]
         failed = True
         try:
-            yield from stream_answers(self.model, self.tokenizer, self.max_tokens, prompt, turns,
-                                      stop)
+            yield from self._pieces(prompt, turns, stop)
             failed = False
         except (GeneratorExit, KeyboardInterrupt):  # the reader has left
             stop.set()

@@ -4,42 +4,46 @@
 
 # %% ../nbs/04c_export.ipynb #2f09654e
 from __future__ import annotations
-import copy, json, os, shutil
+import contextlib, copy, json, os, shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 import numpy as np
+import psutil
 import torch
-import torch.nn.functional as F
 from .config import DollyError, Recipe, short_path
 from .data import build_prompt, encode_all, prepare_data
 from .engine.reading import next_logits
-from .files import write_json, write_text
+from .files import file_sha256, read_object, write_json, write_text
 from .generate import generate
-from .hardware import free_memory
+from .hardware import compute_dtype, free_memory
 from .models import base_model, load_tokenizer, load_tuned
 from .runs import check_room
 
 # %% auto #0
-__all__ = ['MOST_KL', 'MOST_LOSS', 'CARD', 'merged_weights', 'with_template', 'write_merged', 'certify', 'export_merged']
+__all__ = ['MOST_LOSS', 'CARD', 'merged_weights', 'with_template', 'plain_model', 'write_merged', 'Program', 'Transformers',
+           'certify', 'export_folder', 'origin', 'is_export_of', 'load_precisely', 'held_out', 'write_certificate',
+           'export_merged', 'push_to_hub']
 
 # %% ../nbs/04c_export.ipynb #a7bf59ca
 def merged_weights(
     model, # a PeftModel from `load_tuned`
-) -> dict[str, torch.Tensor]: # name in the base model -> weight, on the CPU
-    "All weights of the base model, dequantised, with the adapters added."
-    base, weights = base_model(model), {}
+) -> Iterator[tuple[str, torch.Tensor]]: # name in the base model, weight on the CPU
+    "All weights, dequantised; with the adapters added, in float32, unless they are disabled."
+    base = base_model(model)
     for name, p in base.named_parameters():
         if "lora_" in name: continue
         if hasattr(p, "quant_state"):
             from bitsandbytes.functional import dequantize_4bit
             p = dequantize_4bit(p.data, p.quant_state)
-        weights[name.replace(".base_layer", "")] = p.detach().to("cpu")
-    for name, m in base.named_modules():
-        for adapter in m.active_adapters if hasattr(m, "lora_A") else ():
-            a, b = (part[adapter].weight.detach().float() for part in (m.lora_A, m.lora_B))
-            weight = weights[f"{name}.weight"]
-            sum_ = weight.float() + m.scaling[adapter] * (b @ a).to("cpu")
-            weights[f"{name}.weight"] = sum_.to(weight.dtype)
-    return weights
+        weight = p.detach()
+        if name.endswith("base_layer.weight"):
+            m = base.get_submodule(name.removesuffix(".base_layer.weight"))
+            weight = weight.float()
+            for adapter in () if m.disable_adapters else m.active_adapters:
+                a, b = (part[adapter].weight.detach().float() for part in (m.lora_A, m.lora_B))
+                weight = weight + m.scaling[adapter] * (b @ a)
+        yield name.replace(".base_layer", ""), weight.to("cpu")
 
 # %% ../nbs/04c_export.ipynb #ccb98521
 # what `fit_prompt` of 04a_conversation does, for programs that know only the tokenizer;
@@ -70,124 +74,260 @@ def with_template(
     return out
 
 # %% ../nbs/04c_export.ipynb #3890f3f3
+def plain_model(
+    base, # the transformers model, perhaps quantised, perhaps with PEFT's layers in it
+): # the same in 16 bits, without weights
+    "The ordinary model that an export is."
+    from transformers import AutoModelForCausalLM
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"): del config.quantization_config
+    half = torch.float16 if compute_dtype() == torch.float16 else torch.bfloat16
+    with torch.device("meta"): return AutoModelForCausalLM.from_config(config, dtype=half)
+
 def write_merged(
     model, tokenizer, # from `load_tuned` and `load_tokenizer`
     folder: Path,     # gets the model
 ):
-    "Write the merged model in 16 bits, as transformers, vLLM and converters to GGUF read it."
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    config = copy.deepcopy(base_model(model).config)
-    if hasattr(config, "quantization_config"): del config.quantization_config
-    half = torch.float16 if base_model(model).dtype == torch.float16 else torch.bfloat16
-    with torch.device("meta"): plain = AutoModelForCausalLM.from_config(config, dtype=half)
+    "Write the merged model in 16 bits, as transformers and vLLM read it."
+    from transformers import GenerationConfig
+    plain = plain_model(base_model(model))
     plain.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id)
-    weights = {name: w.to(half) for name, w in merged_weights(model).items()}
+    weights = {name: w.to(plain.dtype) for name, w in merged_weights(model)}
     plain.save_pretrained(folder, state_dict=weights)
     with_template(tokenizer).save_pretrained(folder)
 
-# %% ../nbs/04c_export.ipynb #606e2b8f
-MOST_KL = 0.01    # nats a token, on average; beyond it an export is refused
-MOST_LOSS = 0.01  # nats a token, that the loss may rise
+# %% ../nbs/04c_export.ipynb #3c3959a7
+class Program(Protocol):
+    "What loads an export; `Transformers` and `LlamaCpp` are two."
+    name: str # with its version
+    def token_ids(self,
+        messages: list[dict], # role, content
+    ) -> list[int]:
+        "The tokens that its chat template and its tokenizer make of messages."
+    def answer(self,
+        messages: list[dict], # role, content
+        max_new_tokens: int,  # longest answer
+    ) -> str:
+        "Its greedy answer."
+    def log_probs(self,
+        input_ids: list[int], # a text
+        wanted: list[int],    # after which of its tokens
+        ours: torch.Tensor,   # the training model's log probabilities [wanted, vocabulary]
+    ) -> torch.Tensor: # float32 [wanted, vocabulary], on the device of `ours`
+        "Its log probabilities; `ours` is for a program that cannot tell them all."
+
+class Transformers:
+    "A model that transformers has loaded, without PEFT and without a line of ours."
+    def __init__(self,
+        folder: Path, # of the export
+        device,       # to load it to
+    ):
+        from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
+        self.name = f"transformers {__version__}"
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def token_ids(self, messages):
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+    def answer(self, messages, max_new_tokens):
+        ids = torch.tensor([self.token_ids(messages)], device=self.model.device)
+        out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
+                                  max_new_tokens=max_new_tokens, do_sample=False)
+        new = out[0, ids.shape[1]:]
+        return self.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+    def log_probs(self, input_ids, wanted, ours):
+        ids = torch.tensor([input_ids], device=self.model.device)
+        logits = self.model(input_ids=ids, use_cache=False).logits[0, wanted]
+        return logits.float().log_softmax(-1).to(ours.device)
+
+# %% ../nbs/04c_export.ipynb #3d38063b
+MOST_LOSS = 0.01  # nats a token, that the loss may rise; more for fewer bits, see 04e_gguf
 
 @torch.inference_mode()
 def certify(
     model, tokenizer,  # as they were exported
-    folder: Path,      # of the export
+    program: Program,  # has loaded the export
     rows: list[dict],  # held-out records
     recipe: Recipe,    # `max_length`
+    tokens: int,       # of the responses to compare; the record that reaches it is the last
+    most: float = MOST_LOSS, # nats that loss and KL may be apart; `DollyError` beyond
     log=print,         # gets progress
-) -> dict: # loss, kl, greedy agreement; `DollyError` beyond MOST_KL or MOST_LOSS
-    "Load an export with transformers alone, and compare it with the model it was made from."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers import __version__ as version
-    base = base_model(model)
-    fits = 2 * 1.2 * base.num_parameters() < free_memory()  # beside the model on its card
-    device = base.device if fits else torch.device("cpu")
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+) -> dict: # loss, kl, greedy agreement
+    "Compare an export with the model it was made from."
     examples = [e for e in encode_all(rows, tokenizer, recipe.max_length)
                 if any(label != -100 for label in e["labels"][1:])]
-    texts = [e["input_ids"] for e in examples]
-    wanted = [[at for at, label in enumerate(e["labels"][1:]) if label != -100] for e in examples]
+    places = [[at for at, label in enumerate(e["labels"][1:]) if label != -100] for e in examples]
+    enough = 1 + int(np.searchsorted(np.cumsum([len(p) for p in places]), tokens))
+    texts, places = [e["input_ids"] for e in examples][:enough], places[:enough]
     losses, kl = [], []
-    for i, ours in next_logits(model, texts, wanted, tokens=2048):
-        ids, at = torch.tensor([texts[i]], device=device), torch.tensor(wanted[i], device=device)
-        p, q = (logits.to(device).float().log_softmax(-1)
-                for logits in (ours, theirs(ids).logits[0, at]))
-        kl.append((p.exp() * (p - q)).sum(-1))
-        targets = ids[0, at + 1]
-        losses.append(torch.stack([F.nll_loss(x, targets, reduction="none") for x in (p, q)]))
-    kl, losses = torch.cat(kl).cpu().numpy(), torch.cat(losses, 1).double().mean(1).tolist()
+    for i, logits in next_logits(model, texts, places, tokens=2048):
+        p = logits.float().log_softmax(-1)
+        q = program.log_probs(texts[i], places[i], p).to(p.device)
+        kl.append(torch.where(p > -torch.inf, p.exp() * (p - q), 0).sum(-1))
+        targets = torch.tensor(texts[i], device=p.device)[torch.tensor(places[i]) + 1][:, None]
+        losses.append(torch.cat([-x.gather(1, targets) for x in (p, q)], 1))
+    kl, losses = torch.cat(kl).cpu().numpy(), torch.cat(losses).double().mean(0).tolist()
     log(f"{len(kl):,} response tokens compared")
-    asked = [r for r in rows if not r["context"]][:50]
-    made = dict(loaded_by=f"transformers {version}", records=len(examples), tokens=len(kl),
+    made = dict(loaded_by=program.name, records=len(texts), tokens=len(kl),
                 loss=dict(training_model=losses[0], export=losses[1]),
-                kl=dict(mean=float(kl.mean()), p99=float(np.quantile(kl, 0.99))),
-                greedy=_agreement(model, tokenizer, theirs, AutoTokenizer.from_pretrained(folder),
-                                  [r["instruction"] for r in asked]))
-    if made["kl"]["mean"] > MOST_KL or losses[1] - losses[0] > MOST_LOSS:
-        raise DollyError(f"the export is another model: KL {made['kl']['mean']:.4f} nats a token "
-                         f"(at most {MOST_KL}), loss {losses[0]:.4f} and {losses[1]:.4f}: "
+                kl=dict(mean=max(0.0, float(kl.mean())), p99=float(np.quantile(kl, 0.99))), most=most)
+    if made["kl"]["mean"] > most or losses[1] - losses[0] > most:
+        raise DollyError(f"the export is another model: KL {made['kl']['mean']:.4f} nats a token, "
+                         f"loss {losses[0]:.4f} and {losses[1]:.4f} (at most {most} apart): "
                          f"nothing was kept; tell us how it was made")
-    return made
+    asked = [r["instruction"] for r in rows if not r["context"]][:50]
+    return made | dict(greedy=_agreement(model, tokenizer, program, asked))
 
-def _agreement(model, tokenizer, theirs, their_tokenizer, instructions):
+def _agreement(model, tokenizer, program, instructions):
     prompts = [build_prompt(instruction) for instruction in instructions]
+    asked = [[dict(role="user", content=instruction)] for instruction in instructions]
+    for ids, messages in zip(tokenizer(prompts).input_ids if prompts else [], asked):
+        if program.token_ids(messages) != ids:
+            start = messages[0]["content"][:60]
+            raise DollyError(f"{program.name} makes other tokens of the prompt {start!r} than the "
+                             f"model was trained on: nothing was kept; tell us which base it is")
     ours, same = generate(model, tokenizer, prompts, max_new_tokens=32), 0
-    for instruction, answer in zip(instructions, ours):
-        chat = their_tokenizer.apply_chat_template(
-            [dict(role="user", content=instruction)], add_generation_prompt=True,
-            return_tensors="pt", return_dict=True).to(theirs.device)
-        out = theirs.generate(**chat, max_new_tokens=32, do_sample=False)
-        new = out[0, chat["input_ids"].shape[1]:]
-        text = their_tokenizer.decode(new, skip_special_tokens=True).strip()
-        same += text == answer.text
+    for messages, answer in zip(asked, ours): same += program.answer(messages, 32) == answer.text
     return dict(prompts=len(prompts), equal=same, new_tokens=32)
 
-# %% ../nbs/04c_export.ipynb #54aeb2ec
-def export_merged(
-    recipe: Recipe, run_dir: Path, # of the run; `ModelError` without an adapter
-    folder: Path | None = None,    # gets the model; default RUN_DIR/export/merged
-    records: int = 200,            # held-out records that the certificate compares, at most
-    log=print,                     # gets progress
-) -> Path: # the folder; `DollyError` if it holds anything but an earlier export, or for a bad one
-    "The run's model as one ordinary model, with its certificate."
-    folder = Path(folder or Path(run_dir) / "export" / "merged")
+# %% ../nbs/04c_export.ipynb #93028a5a
+@contextlib.contextmanager
+def export_folder(
+    folder: Path, # `DollyError` if it holds anything but an earlier export
+    gib: float,   # that the export needs on the disk
+): # yields the folder to write to
+    "Make an export beside its place, and put it there when it is finished."
     if folder.exists() and not (folder / "certificate.json").exists():
         raise DollyError(f"{short_path(folder)} is there and no export of ours: "
                          f"give another folder")
-    model, tokenizer = load_tuned(recipe, run_dir), load_tokenizer(recipe)
-    check_room(folder, 2.2 * base_model(model).num_parameters() / 2**30)
+    check_room(folder, gib)
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
-        log("merging")
-        write_merged(model, tokenizer, part)
-        test = prepare_data(recipe, run_dir)["test"][:records]
-        made = certify(model, tokenizer, part, test, recipe, log)
-        quantised = recipe.load_in_4bit and torch.cuda.is_available()
-        about = dict(base=recipe.base, revision=recipe.revision,
-                     trained_on="NF4" if recipe.load_in_4bit else "16 or 32 bits",
-                     merged_onto="NF4, dequantised" if quantised else "the published weights")
-        write_json(part / "certificate.json", about | made)
-        write_text(part / "README.md", CARD.format(**about, **made))
+        part.mkdir(parents=True)
+        yield part
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
     finally: shutil.rmtree(part, ignore_errors=True)
-    return folder
 
+def origin(
+    recipe: Recipe, run_dir: Path, # of the run
+) -> dict: # for certificate and card
+    "Which adapter it is, which base it was trained on, and which it is merged onto."
+    adapter = Path(run_dir) / "adapter" / "adapter_model.safetensors"
+    quantised = recipe.load_in_4bit and torch.cuda.is_available()
+    return dict(base=recipe.base, revision=recipe.revision, adapter_sha256=file_sha256(adapter),
+                trained_on="NF4" if recipe.load_in_4bit else "16 or 32 bits",
+                merged_onto="NF4, dequantised" if quantised else "the published weights")
+
+def is_export_of(
+    folder: Path, # perhaps of an export
+    recipe: Recipe, run_dir: Path, # of the run
+) -> bool:
+    "Was it made from the run's adapter as it is now?"
+    path = folder / "certificate.json"
+    return path.exists() and read_object(path).items() >= origin(recipe, run_dir).items()
+
+def load_precisely(
+    recipe: Recipe, run_dir: Path, # of the run
+): # a PeftModel
+    "The run's model, in float32 where that is possible."
+    model = load_tuned(recipe, run_dir)
+    base = base_model(model)
+    quantised = any(hasattr(p, "quant_state") for p in base.parameters())
+    room = free_memory() if torch.cuda.is_available() else psutil.virtual_memory().available
+    return model if quantised or 6 * base.num_parameters() > room else model.float()
+
+def held_out(
+    recipe: Recipe, run_dir: Path, # of the run
+) -> list[dict]: # records
+    "What a certificate is made with: the test split."
+    return prepare_data(recipe, run_dir)["test"]
+
+# %% ../nbs/04c_export.ipynb #9cedb3c0
 CARD = """\
+---
+base_model: {base}
+pipeline_tag: text-generation
+library_name: transformers
+tags: [dolly_lora, lora]
+---
 # A model tuned with dolly_lora
 
 Base: {base} {revision}, whose licence holds for this model, too (LLaMA-2: Llama 2 Community
-License). Tuned on databricks-dolly-15k (CC BY-SA 3.0) or the run's own data. The adapter was
-trained on {trained_on} and merged onto {merged_onto}.
+License). Tuned on {data}. The adapter was trained on {trained_on} and merged onto {merged_onto}.
 
-The chat template is the prompt it was trained on. With vLLM: `vllm serve FOLDER`. With
-transformers: `transformers serve FOLDER`, or `pipeline("text-generation", FOLDER)` with messages.
+{use}
 
 Loaded again by {loaded_by} and compared on {tokens} response tokens of {records} held-out
 records: loss {loss[export]:.4f} (training model {loss[training_model]:.4f}), KL divergence
 {kl[mean]:.1e} nats a token on average, {kl[p99]:.1e} at the 99th percentile;
 {greedy[equal]} of {greedy[prompts]} greedy answers equal.
 """
+
+_USE = """The chat template is the prompt it was trained on. With vLLM: `vllm serve FOLDER`. With
+transformers: `transformers serve FOLDER`, or `pipeline("text-generation", FOLDER)` with messages."""
+
+def write_certificate(
+    folder: Path, # of the export; gets certificate.json and README.md
+    recipe: Recipe, run_dir: Path, # of the run
+    made: dict,   # from `certify`
+    use: str,     # how to use it, for the card
+):
+    "Write the certificate, and the card with it."
+    data = recipe.dataset
+    if "databricks-dolly-15k" in data: data += " (CC BY-SA 3.0)"
+    about = origin(recipe, run_dir) | made
+    write_json(folder / "certificate.json", about)
+    write_text(folder / "README.md", CARD.format(data=data, use=use, **about))
+
+def export_merged(
+    recipe: Recipe, run_dir: Path, # of the run; `ModelError` without an adapter
+    folder: Path | None = None,    # gets the model; default RUN_DIR/export/merged
+    log=print,                     # gets progress
+) -> Path: # the folder
+    "The run's model as one ordinary model, with its certificate."
+    folder = Path(folder or Path(run_dir) / "export" / "merged")
+    model, tokenizer = load_precisely(recipe, run_dir), load_tokenizer(recipe)
+    size = base_model(model).num_parameters()
+    with export_folder(folder, 2.2 * size / 2**30) as part:
+        log("merging")
+        write_merged(model, tokenizer, part)
+        fits = 2 * 1.2 * size < free_memory()  # beside the model on its card
+        program = Transformers(part, model.device if fits else "cpu")
+        made = certify(model, tokenizer, program, held_out(recipe, run_dir), recipe, 20_000,
+                       log=log)
+        write_certificate(part, recipe, run_dir, made, _USE)
+    return folder
+
+# %% ../nbs/04c_export.ipynb #7f8d1a3d
+def push_to_hub(
+    folder: Path, # of an export
+    repo: str,    # USER/NAME; made, private, when it is not there
+    dry_run: bool = False, # only say what would be sent
+    log=print,    # gets a line a file
+) -> str: # the model's address; `DollyError` when the hub refuses
+    "Send an export to the hub."
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    if repo.count("/") != 1: raise DollyError(f"--repo {repo!r}: give USER/NAME")
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        log(f"{path.stat().st_size / 2**20:10,.1f} MiB  {path.relative_to(folder)}")
+    address = f"https://huggingface.co/{repo}"
+    if dry_run: return f"{address} (nothing was sent)"
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    except (LocalTokenNotFoundError, HFValidationError, HfHubHTTPError, OSError) as e:
+        status = getattr(getattr(e, "response", None), "status_code", None)
+        remedy = "look at the network, and run it again"
+        if status in (401, 403) or isinstance(e, LocalTokenNotFoundError):
+            remedy = "set HF_TOKEN to a token of this account that may write"
+        if isinstance(e, HFValidationError): remedy = "give --repo USER/NAME"
+        raise DollyError(f"the hub did not take {repo} ({type(e).__name__}): {remedy}") from None
+    return address
