@@ -9,7 +9,8 @@ import shlex, shutil, signal, sys, threading, time, warnings
 from pathlib import Path
 from packaging.requirements import Requirement
 from .config import (
-    ConfigError, DollyError, PRESETS, project_root, Recipe, redact, resolve, short_path, suggest)
+    ConfigError, DollyError, PRESETS, project_root, Recipe, redact, require_tracker, resolve,
+    short_path, suggest)
 from .files import JsonlCache, read_jsonl, read_object, write_json, write_text
 from .runs import check_room, hold_run, load_run, start_run
 
@@ -62,6 +63,7 @@ def preflight(
     from dolly_lora.verdicts import check_evaluation
     check_room(out, 0.2 if recipe.dataset == "sample" else 2)
     count_processes(recipe)
+    require_tracker(recipe)
     if recipe.precision == "fp8": require_fp8()
     if recipe.optimizer not in list(OptimizerNames):
         near = suggest(recipe.optimizer, [str(o.value) for o in OptimizerNames])

@@ -4,14 +4,16 @@
 
 # %% ../nbs/00_config.ipynb #18cefc47
 from __future__ import annotations
-import base64, dataclasses, difflib, importlib.resources, logging, os, re, shlex, tempfile
+import base64, dataclasses, difflib, importlib.resources, importlib.util, logging, os, re, shlex
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
 # %% auto #0
-__all__ = ['PRESETS', 'MODEL_NAMES', 'KEYS', 'Recipe', 'check_recipe', 'login_forms', 'redact', 'DollyError', 'ConfigError',
-           'suggest', 'parse_overrides', 'is_project', 'project_root', 'short_path', 'sample_path', 'resolve']
+__all__ = ['PRESETS', 'MODEL_NAMES', 'KEYS', 'Recipe', 'check_recipe', 'require_tracker', 'login_forms', 'redact', 'DollyError',
+           'ConfigError', 'suggest', 'parse_overrides', 'is_project', 'project_root', 'short_path', 'sample_path',
+           'resolve']
 
 # %% ../nbs/00_config.ipynb #141ce964
 # bitsandbytes warns of a missing kernel when it is imported on a CPU
@@ -110,6 +112,15 @@ def check_recipe(
     if r.seed < 0 or last_seed >= 2**32:
         raise ConfigError(f"seed={r.seed}: must be from 0 to {2**32 - r.seeds:,} "
                           f"(with seeds={r.seeds})")
+
+# %% ../nbs/00_config.ipynb #6e315f6b
+def require_tracker(
+    recipe: Recipe, # `report_to`; `ConfigError` when it is not installed
+):
+    "Make sure that the tracker is there, before anything is spent."
+    if recipe.report_to != "none" and not importlib.util.find_spec(recipe.report_to):
+        raise ConfigError(f"report_to={recipe.report_to} is not installed: "
+                          f"pip install {recipe.report_to}")
 
 # %% ../nbs/00_config.ipynb #535116a3
 _SMOLLM2 = dict(base="smollm2", revision="")

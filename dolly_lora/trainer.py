@@ -15,10 +15,11 @@ from safetensors import safe_open
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
-from .config import DollyError, Recipe, short_path
+from .config import DollyError, Recipe, require_tracker, short_path
 from .engine.packing import pack, share_out
 from .engine.step import make_engine
 from .figures import escape_text
@@ -229,7 +230,9 @@ def training_arguments(
         dataset_kwargs={"skip_prepare_dataset": True},  # 01_data has tokenised
         max_length=None,                                # and cut
         dataloader_pin_memory=cuda,
-        report_to="none",
+        report_to=recipe.report_to,
+        project="dolly_lora",             # where trackio and wandb keep the run
+        run_name=Path(run_dir).name,
         disable_tqdm=True,
         log_level="error",
         use_cpu=not cuda)
@@ -497,6 +500,7 @@ def build_trainer(
     shrink: int = 1, # divides the tokens of a packed batch
 ) -> DollyTrainer:   # `DollyError` when the disk has no room for it
     "The base with fresh adapters, a trainer around it, and an engine that computes its steps."
+    require_tracker(recipe)
     model = add_lora(load_base(recipe), recipe)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # three checkpoints (a weight and two moments) and the adapter, four bytes a number
@@ -510,6 +514,9 @@ def build_trainer(
                                                trainer.args.world_size,
                                                trainer.args.process_index))
     trainer.remove_callback(transformers.PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = str(Path(run_dir) / "tensorboard")
     trainer.use_engine(lambda model: make_engine(model, recipe))
     engine = trainer.engine
     engine.plan = replace(engine.plan, token_budget=engine.plan.token_budget // shrink)

@@ -84,9 +84,8 @@ def test_another_model_is_refused_and_nothing_is_kept_of_it(run):
     real = export.merged_weights
 
     def wrong(model):
-        weights = real(model)
-        weights["lm_head.weight"] = -weights["lm_head.weight"]
-        return weights
+        for name, weight in real(model):
+            yield name, -weight if name == "lm_head.weight" else weight
 
     with patch.object(export, "merged_weights", wrong):
         with pytest.raises(DollyError, match="is another model: KL .*nothing was kept") as error:
@@ -102,3 +101,48 @@ def test_a_folder_of_somebody_else_is_left_alone(run, tmp_path):
     with pytest.raises(DollyError, match="give another folder"):
         export.export_merged(TINY, run, tmp_path / "mine", log=quiet)
     assert (tmp_path / "mine/thesis.txt").exists()
+
+
+def test_what_would_go_to_the_hub_is_shown_and_nothing_is_sent(run, call, monkeypatch):
+    import huggingface_hub
+
+    def sends(*args, **kwargs):
+        raise AssertionError("sent")
+
+    for name in "create_repo", "upload_folder":
+        monkeypatch.setattr(huggingface_hub.HfApi, name, sends)
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    done = call("export", "--run-dir", run, "--to", "hub", "--repo", "me/mine", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for name in "model.safetensors", "certificate.json", "chat_template.jinja", "README.md":
+        assert name in done.stdout
+    assert done.stdout.splitlines()[-1] == "https://huggingface.co/me/mine (nothing was sent)"
+    # made once: another try finds it there
+    before = (run / "export/merged/model.safetensors").stat().st_mtime_ns
+    call("export", "--run-dir", run, "--to", "hub", "--repo", "me/mine", "--dry-run")
+    assert (run / "export/merged/model.safetensors").stat().st_mtime_ns == before
+    for path in (run / "export").rglob("*"):
+        assert path.is_dir() or b"secretsecret" not in path.read_bytes()
+
+
+def test_the_hub_gets_a_private_model_or_says_why_not(run, monkeypatch):
+    import httpx
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+    folder, calls = export.export_merged(TINY, run, log=quiet), []
+    for name in "create_repo", "upload_folder":
+        monkeypatch.setattr(huggingface_hub.HfApi, name,
+                            lambda self, *a, **k: calls.append((a, k)))
+    assert export.push_to_hub(folder, "me/mine", log=quiet) == "https://huggingface.co/me/mine"
+    (repo, made), (_, sent) = calls
+    assert repo == ("me/mine",) and made["private"] and sent["folder_path"] == folder
+
+    def refuses(self, *args, **kwargs):
+        raise HfHubHTTPError("no", response=httpx.Response(
+            401, request=httpx.Request("POST", "https://huggingface.co")))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuses)
+    with pytest.raises(DollyError, match="did not take me/mine .*set HF_TOKEN"):
+        export.push_to_hub(folder, "me/mine", log=quiet)
+    with pytest.raises(DollyError, match="give USER/NAME"):
+        export.push_to_hub(folder, "mine", log=quiet)

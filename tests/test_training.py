@@ -1,5 +1,7 @@
 """What a training run computes, says and leaves."""
 import ast
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -137,3 +139,46 @@ def test_no_module_of_ours_imports_resource_when_it_is_loaded():
         tree = ast.parse(file.read_text(encoding="utf-8"))
         imports = [node for node in tree.body if isinstance(node, ast.Import)]
         assert "resource" not in [name.name for node in imports for name in node.names], file.name
+
+
+def test_tensorboard_gets_the_losses_of_the_history(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    history = train(replace(RECIPE, report_to="tensorboard"), tmp_path, log=quiet)
+    written = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for rows, tag, name in ((history["log"], "train/loss", "loss"),
+                            (history["validation"], "eval/loss", "eval_loss")):
+        found = {event.step: event.value for event in written.Scalars(tag)}
+        assert found == pytest.approx({row["step"]: row[name] for row in rows}, abs=1e-5)
+
+
+TRACKED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from dolly_lora.config import PRESETS
+from dolly_lora.train import train
+recipe = replace(PRESETS["tiny"], report_to="trackio", max_steps=3)
+history = train(recipe, Path(sys.argv[1]), log=lambda line: None)
+import trackio
+run, = trackio.Api().runs("dolly_lora")
+rows = [row for row in run.history() if "train/loss" in row]
+assert run.name == Path(sys.argv[1]).name, run.name
+print([round(row["train/loss"], 4) for row in rows])
+print([round(row["loss"], 4) for row in history["log"]])
+"""
+
+
+def test_trackio_keeps_the_losses_on_this_machine(tmp_path):
+    env = os.environ | dict(TRACKIO_DIR=str(tmp_path / "trackio"))
+    done = subprocess.run([sys.executable, "-c", TRACKED, tmp_path / "run"], env=env,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    tracked, ours = done.stdout.splitlines()[-2:]
+    assert tracked == ours and len(ast.literal_eval(ours)) == 3
+
+
+def test_a_tracker_that_is_not_installed_is_missed_before_anything_starts(tmp_path, call):
+    with patch("importlib.util.find_spec", lambda name: None):
+        done = call("run", "tiny", "--run-dir", tmp_path / "run", "--set", "report_to=wandb")
+    assert done.returncode == 2 and "report_to=wandb is not installed: pip install wandb" in done.stderr
+    assert not (tmp_path / "run").exists()
