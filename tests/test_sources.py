@@ -54,7 +54,7 @@ MALFORMED = {  # file name -> its bytes, what the error says
     "null.json": (json.dumps([GOOD | {"context": None}]).encode(),
                   "record 1: field 'context' must be text"),
     "list.jsonl": (b'["Say hi"]', "line 1: expected an object"),
-    "odd_name.jsonl": (b'{"\\ud800\\n": 1}', "line 1: field 'instruction' is missing"),
+    "odd_name.jsonl": (b'{"\\ud800\\n": 1}', "line 1: no shape that we know (has: \\ud800\\n)"),
     **{f"lone_{field}.jsonl": ((LINE + "\n" + with_half(field)).encode(),
                                f"line 2: field '{field}' has half of a surrogate pair")
        for field in GOOD},
@@ -95,6 +95,132 @@ def test_a_torn_parquet_file_is_one_line(tmp_path):
     (tmp_path / "cut.parquet").write_bytes(whole[:60] + whole[90:])
     with pytest.raises(DataError, match="cut.parquet"):
         load_dolly(tmp_path / "cut.parquet")
+
+
+# ---- shapes
+
+
+def message(role, content):
+    return dict(role=role, content=content)
+
+
+TALK = [message("system", "Be brief."), message("user", "Name a prime."), message("assistant", "7"),
+        message("user", "Another?"), message("assistant", "11")]
+AS_RECORD = dict(instruction="Another?", context="", response="11", category="none",
+                 system="Be brief.", history=[["Name a prime.", "7"]])
+ONCE = dict(instruction="Say hi", context="", response="hi", category="none")
+
+SHAPES = {  # name -> row, the record it is
+    "alpaca": (dict(instruction="Say hi", input="", output="hi", text="the whole prompt"), ONCE),
+    "alpaca, input": (dict(instruction="Say hi", input="to Ann", output="hi"),
+                      ONCE | dict(context="to Ann")),
+    "alpaca, no input": (dict(instruction="Say hi", output="hi"), ONCE),
+    "alpaca, history": (dict(instruction="Another?", input=None, output="11", system="Be brief.",
+                             history=[["Name a prime.", "7"]]), AS_RECORD),
+    "prompt": (dict(prompt="Say hi", completion="hi"), ONCE),
+    "prompt of messages": (dict(prompt=TALK[:4], completion=TALK[4:]), AS_RECORD),
+    "messages": (dict(messages=TALK, prompt="Name a prime."), AS_RECORD),
+    "messages, category": (dict(messages=TALK[1:3], category="primes"),
+                           dict(instruction="Name a prime.", context="", response="7",
+                                category="primes")),
+    "messages, system column": (dict(messages=TALK[1:], system="Be brief."), AS_RECORD),
+    "sharegpt": (dict(conversations=[{"from": {"user": "human", "assistant": "gpt"}.get(
+        m["role"], m["role"]), "value": m["content"]} for m in TALK]), AS_RECORD),
+    "an empty column": (dict(messages=None, instruction="Say hi", output="hi"), ONCE),
+    "our own files": (AS_RECORD, AS_RECORD),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "jsonl.xz", "parquet"])
+def test_every_shape_is_read_from_every_format(tmp_path, name, suffix):
+    row, record = SHAPES[name]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pd.DataFrame([row]).to_parquet(path)
+    elif suffix == "jsonl.xz":
+        path.write_bytes(lzma.compress(json.dumps(row).encode()))
+    else:
+        path.write_text(json.dumps([row] if suffix == "json" else row))
+    assert data.read_records(path) == [record]
+    loaded = load_dolly(path)
+    assert loaded.column_names == list(record if "history" in record else GOOD)
+    assert loaded[0] == record
+
+
+def test_a_hub_data_set_may_have_any_shape():
+    with patch("datasets.load_dataset", return_value=[dict(messages=TALK)]):
+        assert load_dolly("some/data")[0] == AS_RECORD
+
+
+def test_each_line_of_a_file_has_its_own_shape(tmp_path):
+    rows = [GOOD, dict(prompt="Say hi", completion="hi"), dict(messages=TALK)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    loaded = load_dolly(tmp_path / "a.jsonl")
+    assert loaded["category"] == ["open_qa", "none", "none"]
+    assert loaded["history"] == [[], [], [["Name a prime.", "7"]]]
+    assert loaded["system"] == ["", "", "Be brief."]
+
+
+def messages(*said):
+    return dict(messages=[message(*m) for m in said])
+
+
+ASKED = ("user", "Name a prime.")
+SAID = ("assistant", "7")
+REFUSED = {  # name -> row, what the error says
+    "no shape": (dict(question="Why?", answer="So."), "no shape that we know (has: question, answer)"),
+    "a preference": (dict(prompt="Why?", chosen="a", rejected="b"), "no shape that we know"),
+    "two shapes": (GOOD | dict(output="hello"), "unclear, its columns are those of Dolly and of Alpaca"),
+    "three": (GOOD | dict(messages=TALK, output="hello"), "Dolly and of Alpaca and of messages"),
+    "no response": (dict(instruction="a", context="", category="b"), "field 'response' is missing"),
+    "no context": (dict(instruction="a", response="b"), "field 'context' is missing"),
+    "no category": (dict(instruction="a", context="", response="b"), "field 'category' is missing"),
+    "number": (dict(instruction="a", output=5), "field 'output' must be text, found int"),
+    "input": (dict(instruction="a", input=5, output="b"), "field 'input' must be text, found int"),
+    "empty question": (dict(instruction=" ", output="b"), "field 'instruction' is empty"),
+    "empty prompt": (dict(prompt=" ", completion="b"), "field 'prompt' is empty"),
+    "half a list": (dict(prompt=TALK[:1], completion="b"), "field 'prompt' must be text, found list"),
+    "system": (dict(messages=TALK[1:], system=3), "field 'system' must be text, found int"),
+    "history": (GOOD | dict(history=["a", "b"]), "field 'history' must be a list of [question, answer]"),
+    "history of numbers": (GOOD | dict(history=[["a", 1]]), "field 'history' must be text"),
+    "empty history": (GOOD | dict(history=[["a", " "]]), "empty question or answer"),
+    "text for a list": (dict(messages="hi"), "expected a list of messages, found str"),
+    "no messages": (dict(messages=[]), "the last message must be the assistant's"),
+    "system alone": (messages(("system", "a")), "the last message must be the assistant's"),
+    "not an object": (dict(messages=["hi"]), "message 1 must be an object with role and content"),
+    "no answer": (messages(ASKED, SAID, ASKED), "the last message must be the assistant's"),
+    "answer first": (messages(SAID, ASKED), "message 1 has role assistant, expected user"),
+    "two questions": (messages(ASKED, ASKED, SAID), "message 2 has role user, expected assistant"),
+    "late system": (messages(ASKED, SAID, ("system", "a")), "message 3 has role system, expected user"),
+    "two systems": (messages(("system", "a"), ("system", "b"), ASKED, SAID),
+                    "message 2 has role system, expected user"),
+    "tool": (messages(ASKED, ("tool", "{}"), SAID), "message 2 has role 'tool': only texts"),
+    "tool call": (dict(messages=[message(*ASKED), message(*SAID) | dict(tool_calls=[1])]),
+                  "message 2 calls a tool: only texts"),
+    "no role": (dict(messages=[dict(content="hi")]), "message 1 has role None"),
+    "odd role": (messages(("a\ud800\n", "hi")), "message 1 has role 'a\\ud800\\n'"),
+    "parts": (messages(ASKED, ("assistant", [dict(type="text", text="7")])),
+              "message 2 must be text, found list"),
+    "nothing said": (messages(ASKED, ("assistant", None)), "message 2 must be text, found NoneType"),
+    "empty question in a talk": (messages(("user", " "), SAID), "message 1 (user) is empty"),
+    "empty answer in a talk": (messages(ASKED, ("assistant", ""), ASKED, SAID),
+                               "message 2 (assistant) is empty"),
+    "half a character": (messages(ASKED, ("assistant", "a\ud800")),
+                         "message 2 has half of a surrogate pair at character 2"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_record_is_one_line_that_names_the_place(tmp_path, name):
+    row, says = REFUSED[name]
+    (tmp_path / "mine.jsonl").write_text(LINE + "\n" + json.dumps(row))
+    with pytest.raises(DataError) as error:
+        load_dolly(tmp_path / "mine.jsonl")
+    found = str(error.value)
+    assert found.startswith("mine.jsonl line 2: ") and says in found
+    assert "\n" not in found and len(found) < 400
+    found.encode("utf-8")
 
 
 # ---- sources
