@@ -17,10 +17,10 @@ from .hardware import compute_dtype, device
 # %% auto #0
 __all__ = ['TARGET_MODULES', 'RANDOM_SHAPES', 'QUESTION_TOKENS', 'ModelError', 'head_dim', 'linear_shapes', 'quantization_config',
            'tiny_tokenizer', 'tiny_model', 'is_whole', 'convert_smollm2', 'packaged_smollm2', 'explain_hub_error',
-           'locate_base', 'random_config', 'require_gpu', 'random_llama', 'explain_unreadable', 'load_tokenizer',
-           'load_base', 'lora_parameter_count', 'lora_config', 'add_lora', 'base_model', 'attention_obstacle',
-           'weights_obstacle', 'room_needed', 'room_obstacle', 'has_safetensors', 'check_base', 'weights_fingerprint',
-           'keep_small_weights', 'load_tuned']
+           'locate_base', 'random_config', 'require_gpu', 'random_llama', 'explain_unreadable', 'turn_end',
+           'load_tokenizer', 'load_base', 'lora_parameter_count', 'lora_config', 'add_lora', 'base_model',
+           'attention_obstacle', 'weights_obstacle', 'room_needed', 'room_obstacle', 'has_safetensors', 'check_base',
+           'weights_fingerprint', 'keep_small_weights', 'load_tuned']
 
 # %% ../nbs/00a_models.ipynb #ee596d21
 transformers.utils.logging.disable_progress_bar()  # a bar a file is noise in a notebook
@@ -259,12 +259,32 @@ def explain_unreadable(
         raise ModelError(f"{what} cannot be read ({type(e).__name__}: {said}): look whether its "
                          f"files are complete, or fetch them again") from None
 
+# %% ../nbs/00a_models.ipynb #5dbd962f
+def turn_end(
+    tokenizer, # of the base model
+) -> str | None: # None: no chat template, or none that ends an answer with a special token
+    "The token with which the base's own chat template ends an answer."
+    if not tokenizer.chat_template:
+        return None
+    said = [dict(role="user", content="QUESTION"), dict(role="assistant", content="ANSWER"),
+            dict(role="user", content="AGAIN")]
+    try:
+        text = tokenizer.apply_chat_template(said, tokenize=False)
+    except Exception:  # a template can raise anything
+        return None
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    if tokenizer.bos_token != tokenizer.eos_token:
+        special.discard(tokenizer.bos_token)
+    after = text.partition("ANSWER")[2].lstrip()
+    return max((token for token in special if after.startswith(token)), key=len, default=None)
+
 # %% ../nbs/00a_models.ipynb #249bafa1
 def load_tokenizer(
     recipe: Recipe, # its `base` decides
 ): # a fast tokenizer, padding on the left; `ModelError` without an end and another pad token
     "The base model's tokenizer, with a pad token that is not the end token."
     from transformers import AutoTokenizer
+    in_chat = recipe.template == "chat"
     if recipe.base in RANDOM_SHAPES:
         require_gpu()
         recipe = PRESETS["llama2"]
@@ -274,6 +294,11 @@ def load_tokenizer(
         with explain_unreadable(f"the tokenizer of {recipe.base}"):
             tok = AutoTokenizer.from_pretrained(
                 locate_base(recipe), revision=recipe.revision or None, trust_remote_code=False)
+    if in_chat:
+        tok.eos_token = turn_end(tok)
+        if not tok.eos_token:
+            raise ModelError(f"{recipe.base} has no chat template that ends an answer with a "
+                             f"token of its own: set template=course")
     if tok.eos_token_id is None:
         raise ModelError(f"{recipe.base}: its tokenizer has no end token, without which no model "
                          f"learns to stop")
@@ -440,6 +465,8 @@ def check_base(
         if not has_safetensors(place, recipe.revision):
             raise ModelError(f"{recipe.base} has no weights in safetensors: write them with "
                              f"save_pretrained (a pickle is not read, since it can run code)")
+    if recipe.template == "chat":
+        load_tokenizer(recipe)  # is there a template, and an end to its answers?
     why = (attention_obstacle(config, recipe.max_length) or weights_obstacle(config)
            or room_obstacle(config, recipe))
     if why:
