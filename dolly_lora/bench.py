@@ -15,7 +15,7 @@ from .cards import Cards
 from .config import (
     ConfigError, DollyError, MODEL_NAMES, PRESETS, Recipe, sample_path, suggest)
 from .conversation import DecoderWriter, PlainWriter
-from .data import build_prompt, clean, encode_split, load_dolly, split
+from .data import clean, encode_split, load_dolly, prompt_builder, prompt_of, split
 from .engine.decoder import decode_all
 from .engine.memory import MemoryPlan, plan_memory
 from .engine.packing import PackedModel
@@ -424,7 +424,8 @@ def bench_prompts(
         wanted = list(itertools.islice(itertools.cycle(known), n))
         return made_up_examples(wanted, recipe.max_length)["input_ids"]
     rows = split(clean(load_dolly(recipe.dataset))[0], recipe)["train"]
-    texts = [build_prompt(row["instruction"], row["context"]) for row in rows[:2 * n]]
+    build = prompt_builder(recipe.template, tokenizer)
+    texts = [prompt_of(row, build) for row in rows[:2 * n]]
     return [ids for ids in tokenizer(texts).input_ids if len(ids) <= recipe.max_length][:n]
 
 # %% ../nbs/02f_bench.ipynb #i7045156

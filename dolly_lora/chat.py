@@ -22,5 +22,6 @@ def open_chat(
     recipe = load_run(run_dir)
     adapter = short_path(run_dir / "adapter")
     about = dict(model=recipe.base, revision=recipe.revision, adapter=adapter)
-    settings = dict(max_new_tokens=recipe.max_new_tokens, about=about) | settings
+    settings = dict(max_new_tokens=recipe.max_new_tokens, template=recipe.template,
+                    about=about) | settings
     return Chat(load_tuned(recipe, run_dir), load_tokenizer(recipe), **settings)

@@ -425,21 +425,22 @@ def answer_batch(
     stream=None,         # from `lines_alone`; default: the standard output
 ):
     "Answer prompts as JSON lines; an answer that goes on with the next instruction ends there."
-    from dolly_lora.conversation import NEXT_TURN
-    from dolly_lora.data import build_prompt
+    from dolly_lora.conversation import cut_at_next_turn
+    from dolly_lora.data import prompt_builder
     from dolly_lora.generate import generate, provenance
     if out and out.is_dir(): raise DollyError(f"{out} is a folder: give --out a file name")
     rows = JsonlCache(out.with_name(out.name + ".rows")) if out else None
-    texts = [build_prompt(p["instruction"], p["context"]) for p in prompts]
+    build = prompt_builder(recipe.template, tokenizer)
+    texts = [build(p["instruction"], p["context"]) for p in prompts]
     answers = generate(model, tokenizer, texts, recipe.max_new_tokens,
                        recipe.generation_batch_size, rows=rows,
                        log=lambda line: print(line, file=sys.stderr, flush=True),
                        provenance=provenance(recipe, folder, "tuned" if lora else "base"))
     lines = []
     for prompt, answer in zip(prompts, answers):
-        output, mark, _ = answer.text.partition(NEXT_TURN)
-        lines.append(prompt | dict(output=output.rstrip(), asked_itself=bool(mark),
-                                   finished=answer.finished and not mark))
+        output, went_on = cut_at_next_turn(answer.text, recipe.template)
+        lines.append(prompt | dict(output=output.rstrip(), asked_itself=went_on,
+                                   finished=answer.finished and not went_on))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if not out:
         print(text, end="", file=stream)
@@ -572,7 +573,8 @@ def chat(
             return 0
     about = dict(model=recipe.base, revision=recipe.revision,
                  adapter=f"{run_dir}/adapter" if lora else None)
-    talk = Chat(model, tokenizer, recipe.max_new_tokens, temperature=temperature, about=about)
+    talk = Chat(model, tokenizer, recipe.max_new_tokens, temperature=temperature,
+                template=recipe.template, about=about)
     converse(talk, f"{recipe.base}{' with adapter ' + run_dir if lora else ''}. /help lists the "
                    f"commands, Ctrl-C stops an answer, /quit leaves.")
     return 0

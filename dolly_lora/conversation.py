@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from .config import DollyError
-from .data import build_conversation
+from .data import prompt_builder
 from .engine.blocks import is_decodable
 from .engine.decoder import choose, Decoder, plan_slots, uniform_draws
 from .files import write_jsonl, write_text
 
 # %% auto #0
 __all__ = ['NEXT_TURN', 'fit_prompt', 'Turn', 'Writer', 'DecoderWriter', 'common_start', 'PlainWriter', 'make_writer',
-           'adapters_now', 'has_room', 'AnswerThread', 'stream_answers', 'turn_records', 'turns_markdown', 'Chat']
+           'adapters_now', 'has_room', 'cut_at_next_turn', 'AnswerThread', 'stream_answers', 'turn_records',
+           'turns_markdown', 'Chat']
 
 # %% ../nbs/04a_conversation.ipynb #cc8f0518
 def fit_prompt(
@@ -26,20 +27,17 @@ def fit_prompt(
     history: list[tuple[str, str]],  # earlier (question, answer) pairs
     text: str,                       # the new question; `DollyError` when it is too long by itself
     room: int,                       # tokens the prompt may have
-    system: str = "",                # said before the first question that is sent
+    system: str = "",                # a wish for the whole conversation
+    template: str = "course",        # or `chat`, the base's own
 ) -> tuple[str, int]: # the prompt, and how many of the oldest pairs are left out
     "The prompt of a conversation, with as much of its history as there is room for."
-    wish = f"{system.strip()}\n\n" if system.strip() else ""
+    build, system = prompt_builder(template, tokenizer), system.strip()
     for cut in range(len(history) + 1):
-        questions = [question for question, _ in history[cut:]] + [text]
-        answers = [answer for _, answer in history[cut:]]
-        questions[0] = wish + questions[0]
-        earlier = list(zip(questions, answers))  # the last question has no answer yet
-        prompt = build_conversation(earlier, questions[-1], tokenizer.eos_token)
+        prompt = build(text, turns=history[cut:], system=system)
         tokens = len(tokenizer(prompt).input_ids)
         if tokens <= room:
             return prompt, cut
-    with_system = " with the system prompt" if wish else ""
+    with_system = " with the system prompt" if system else ""
     raise DollyError(f"this message has {tokens:,} tokens{with_system}, "
                      f"{max(room, 0):,} fit: shorten it")
 
@@ -227,7 +225,17 @@ def has_room(
     return plan.slots == voices and plan.keep_weights
 
 # %% ../nbs/04a_conversation.ipynb #0366da83
-NEXT_TURN = "### Instruction:"  # what no answer goes on with
+NEXT_TURN = "### Instruction:"  # in the course's template, what no answer goes on with
+
+def cut_at_next_turn(
+    text: str, # an answer, perhaps with what follows it
+    template: str = "course", # or `chat`, whose answers end with a token alone
+) -> tuple[str, bool]: # the answer alone; did more follow?
+    "End an answer where the model goes on to ask itself the next question."
+    if template == "chat":
+        return text, False
+    answer, mark, _ = text.partition(NEXT_TURN)
+    return answer, bool(mark)
 
 class AnswerThread(threading.Thread):
     "Writes the answers of a turn; what there is of them can be read meanwhile."
@@ -236,9 +244,11 @@ class AnswerThread(threading.Thread):
         prompt: str,           # from `fit_prompt`
         turns: list[Turn],     # say who answers, and with which settings, the same for all
         stop: threading.Event, # once set, the answers end
+        template: str = "course", # of the prompt
     ):
         super().__init__(daemon=True)
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
+        self.template = template
         self.prompt, self.turns, self.stop = prompt, turns, stop
         self.error: BaseException | None = None  # what the model raised
         self.news = queue.SimpleQueue()  # answers so far: {voice: ids}; None at the end
@@ -265,7 +275,8 @@ class AnswerThread(threading.Thread):
             while True:
                 self.news.put({voice: list(ids) for voice, ids in writer.ids.items()})
                 for voice in writer.at_work:
-                    if NEXT_TURN in self.tokenizer.decode(writer.ids[voice][-16:]):
+                    newest = self.tokenizer.decode(writer.ids[voice][-16:])
+                    if cut_at_next_turn(newest, self.template)[1]:
                         writer.end(voice)
                 if self.stop.is_set() or not writer.at_work:
                     return
@@ -291,9 +302,10 @@ def stream_answers(
     prompt: str,           # from `fit_prompt`
     turns: list[Turn],     # say who answers and how; answer, ids, seconds and ends are filled in
     stop: threading.Event, # once set, the answers end
+    template: str = "course", # of the prompt
 ) -> Iterator[tuple[str, str]]: # (who, growing answer), first empty ones; raises as the model
     "Write the answers of a turn, and hand on their text as it comes."
-    thread = AnswerThread(model, tokenizer, max_tokens, prompt, turns, stop)
+    thread = AnswerThread(model, tokenizer, max_tokens, prompt, turns, stop, template)
     start = time.monotonic()
     thread.start()
     for turn in turns: yield turn.which, ""
@@ -303,8 +315,7 @@ def stream_answers(
             if len(answers[turn.which]) == len(turn.ids):
                 continue
             turn.ids, turn.seconds = answers[turn.which], time.monotonic() - start
-            answer, mark, _ = text(turn).rstrip("\ufffd").partition(NEXT_TURN)
-            turn.asked_itself = bool(mark)
+            answer, turn.asked_itself = cut_at_next_turn(text(turn).rstrip("\ufffd"), template)
             if answer.strip() != turn.answer:
                 turn.answer = answer.strip()
                 yield turn.which, turn.answer
@@ -313,7 +324,7 @@ def stream_answers(
     for turn in turns:
         ended = turn.asked_itself or turn.ids[-1:] == [tokenizer.eos_token_id]
         turn.stopped = stop.is_set() and not ended
-        answer = text(turn).partition(NEXT_TURN)[0].strip()
+        answer = cut_at_next_turn(text(turn), template)[0].strip()
         if answer != turn.answer:  # it breaks off inside a character
             turn.answer = answer
             yield turn.which, answer
@@ -363,6 +374,7 @@ class Chat:
         temperature: float = 0.0,  # 0: the most likely token every time
         top_p: float = 1.0,        # share of probability to draw from, likeliest tokens first
         seed: int = 42,            # of the drawing
+        template: str = "course",  # of the prompts, or `chat`: the base's own
         about: dict | None = None, # model, revision, adapter: for a saved conversation
     ):
         self.model = model
@@ -373,6 +385,7 @@ class Chat:
         self.temperature = temperature
         self.top_p = top_p
         self.seed = seed
+        self.template = template
         self.about = about or {}
         self.has_adapter = hasattr(model, "disable_adapter")
         self.voices = ["base", "tuned"] if self.has_adapter else ["base"]
@@ -462,10 +475,11 @@ class Chat:
 
     def _prompt(self, history, text): # the prompt, and how many of the oldest pairs are left out
         room = self.max_tokens - self.max_new_tokens
-        return fit_prompt(self.tokenizer, history, text, room, self.system)
+        return fit_prompt(self.tokenizer, history, text, room, self.system, self.template)
 
     def _pieces(self, prompt, turns, stop): # fills in the turns, yields (who, growing answer)
-        return stream_answers(self.model, self.tokenizer, self.max_tokens, prompt, turns, stop)
+        return stream_answers(self.model, self.tokenizer, self.max_tokens, prompt, turns, stop,
+                              self.template)
 
     def _check_idle(self):
         if self._busy.locked():

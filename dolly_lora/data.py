@@ -4,9 +4,9 @@
 
 # %% ../nbs/01_data.ipynb #6bae4c46
 from __future__ import annotations
-import collections, hashlib
+import collections, hashlib, itertools
 from pathlib import Path
-from .config import Recipe
+from .config import DollyError, Recipe
 from .files import file_sha256, write_json, write_jsonl
 from .runs import hold_run
 from dolly_lora.sources import (
@@ -14,8 +14,9 @@ from dolly_lora.sources import (
     strip_citations)
 
 # %% auto #0
-__all__ = ['normalise', 'clean', 'split', 'build_prompt', 'build_conversation', 'encode_all', 'encode', 'encode_split',
-           'write_splits', 'prepare_data']
+__all__ = ['normalise', 'texts_of', 'strip_record', 'clean', 'split', 'build_prompt', 'build_conversation', 'render_chat',
+           'knows_system', 'prompt_builder', 'prompt_of', 'answer_frame', 'read_since', 'turn_texts', 'join_turns',
+           'encode_turns', 'encode_all', 'encode', 'encode_split', 'write_splits', 'prepare_data']
 
 # %% ../nbs/01_data.ipynb #a30f119c
 def normalise(
@@ -24,6 +25,25 @@ def normalise(
     "What two texts are compared by."
     return " ".join(text.casefold().split())
 
+def texts_of(
+    row: dict, # a record
+) -> list[str]: # system, history, instruction, context, response
+    "All texts of a record: two with the same ones are duplicates."
+    history = [text for pair in row.get("history", []) for text in pair]
+    return [row.get("system", ""), *history, *(row[f] for f in FIELDS[:3])]
+
+def strip_record(
+    row: dict, # a record, perhaps with an empty system or history
+) -> tuple[dict, int]: # with what it has of them; how many citation marks the context had
+    "Strip all texts of a record, and remove the citation marks of its context."
+    context, marks = strip_citations(row["context"])
+    out = {f: row[f].strip() for f in FIELDS} | {"context": context.strip()}
+    if row.get("system"):
+        out["system"] = row["system"].strip()
+    if row.get("history"):
+        out["history"] = [[text.strip() for text in pair] for pair in row["history"]]
+    return out, marks
+
 def clean(
     records, # from `load_dolly`
 ) -> tuple[list[dict], dict]: # the records that stay, in an order of their own; what was counted
@@ -31,18 +51,17 @@ def clean(
     count = dict(read=len(records), empty_responses=0, exact_duplicates=0,
                  normalised_duplicates=0, citation_marks=0, contexts_with_marks=0)
     exact, kept = set(), {}
-    for row in sorted(records, key=lambda r: [r[f] for f in FIELDS]):
+    for row in sorted(records, key=lambda r: ([r[f] for f in FIELDS], texts_of(r))):
         if not row["response"].strip():
             count["empty_responses"] += 1
             continue
-        raw = tuple(row[f] for f in FIELDS[:3])
+        raw = tuple(texts_of(row))
         if raw in exact:
             count["exact_duplicates"] += 1
             continue
         exact.add(raw)
-        context, marks = strip_citations(row["context"])
-        row = {f: t.strip() for f, t in row.items()} | {"context": context.strip()}
-        key = tuple(normalise(row[f]) for f in FIELDS[:3])
+        row, marks = strip_record(row)
+        key = tuple(map(normalise, texts_of(row)))
         if key in kept:
             count["normalised_duplicates"] += 1
             continue
@@ -58,12 +77,13 @@ def split(
 ) -> dict[str, list[dict]]: # train, val and test
     "Stratify by category, keep records of one passage together, depend on text and seed alone."
     def place(row):  # a place in the queue, from a hash: same passage, same place
-        passage = normalise(row["context"] or row["instruction"])
+        first = row["history"][0][0] if row.get("history") else row["instruction"]
+        passage = normalise(row["context"] or first)
         return hashlib.sha256(f"{recipe.seed}\0{passage}".encode()).hexdigest()
 
     category_of = {}                           # place -> category
     lines = collections.defaultdict(dict)      # category -> place -> records
-    for row in sorted(records, key=lambda r: [r[f] for f in FIELDS]):
+    for row in sorted(records, key=lambda r: ([r[f] for f in FIELDS], texts_of(r))):
         where = place(row)
         # a passage with questions of two categories counts for that of its first record
         category = category_of.setdefault(where, row["category"])
@@ -81,7 +101,7 @@ def split(
             done += len(rows)
 
     def order(row):
-        return place(row), row["instruction"], row["response"]
+        return place(row), row["instruction"], row["response"], texts_of(row)
     return {name: sorted(rows, key=order) for name, rows in parts.items()}
 
 # %% ../nbs/01_data.ipynb #2d4eb689
@@ -97,10 +117,159 @@ def build_conversation(
     turns: list[tuple[str, str]], # earlier (instruction, response) pairs
     instruction: str,             # the new one
     eos: str,                     # the tokenizer's end token, as text
+    context: str = "",            # text to work from, for the new one
+    system: str = "",             # a wish for the whole conversation
 ) -> str: # ends where the next response begins
-    "A prompt with its history."
-    earlier = [f"{build_prompt(asked)}{said}{eos}\n\n" for asked, said in turns]
-    return "".join(earlier) + build_prompt(instruction)
+    "A prompt with its history; the wish is put before the first question."
+    asked = [question for question, _ in turns] + [instruction]
+    if system:
+        asked[0] = f"{system}\n\n{asked[0]}"
+    earlier = [f"{build_prompt(question)}{said}{eos}\n\n"
+               for question, (_, said) in zip(asked, turns)]
+    return "".join(earlier) + build_prompt(asked[-1], context)
+
+# %% ../nbs/01_data.ipynb #8635df43
+def render_chat(
+    tokenizer, # of the base model; has a chat template
+    pairs: list[tuple[str, str]], # earlier (question, answer) pairs
+    question: str,                # the new one
+    system: str = "",             # a message of its own; "": none
+) -> str: # `DollyError` when the template refuses
+    "A conversation as the base's own chat template writes it, up to where the answer begins."
+    messages = [dict(role="system", content=system)] if system else []
+    for asked, said in pairs:
+        messages.append(dict(role="user", content=asked))
+        messages.append(dict(role="assistant", content=said))
+    messages.append(dict(role="user", content=question))
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as e:  # a template can raise anything
+        said = " ".join(str(e).split())[:120]
+        raise DollyError(f"the chat template of {tokenizer.name_or_path or 'the base'} cannot "
+                         f"write a conversation ({said}): set template=course") from None
+    # a start token that the tokenizer adds by itself must not stand there twice
+    adds_start = tokenizer.bos_token_id in tokenizer("").input_ids
+    return text.removeprefix(tokenizer.bos_token) if adds_start else text
+
+def knows_system(
+    tokenizer, # of the base model; has a chat template
+) -> bool: # False: it refuses the message, or leaves it out
+    "Does the base's chat template have a place for a system message?"
+    try:
+        return "WISH" in render_chat(tokenizer, [], "QUESTION", "WISH")
+    except DollyError:
+        return False
+
+# %% ../nbs/01_data.ipynb #e18af5ab
+def prompt_builder(
+    template: str, # the `course`'s, or the base's own `chat` template
+    tokenizer,     # of the base model
+): # a function: instruction, context (""), turns (earlier question-answer pairs), system ("")
+   # to a prompt that ends where the answer begins
+    "How questions are put to a model."
+    def in_course_form(instruction, context="", turns=(), system=""):
+        eos = tokenizer.eos_token if turns else ""
+        return build_conversation(turns, instruction, eos, context, system)
+
+    def in_own_template(instruction, context="", turns=(), system=""):
+        asked = [question for question, _ in turns]
+        asked.append(f"{instruction}\n\n{context}" if context else instruction)
+        if system and not own_place:  # as in the course's form
+            asked[0] = f"{system}\n\n{asked[0]}"
+        pairs = [(question, said) for question, (_, said) in zip(asked, turns)]
+        return render_chat(tokenizer, pairs, asked[-1], system if own_place else "")
+
+    if template == "course":
+        return in_course_form
+    own_place = knows_system(tokenizer)
+    return in_own_template
+
+def prompt_of(
+    row: dict, # a record
+    build,     # from `prompt_builder`
+) -> str: # ends where its response begins
+    "The prompt of a record, with what was said before."
+    return build(row["instruction"], row["context"], row.get("history", ()), row.get("system", ""))
+
+# %% ../nbs/01_data.ipynb #bb4d476e
+def answer_frame(
+    template: str, # `course` or `chat`
+    tokenizer,     # of the base model
+) -> tuple[str, str]: # before an answer and after it; white space, or nothing
+    "What a template writes between a prompt and its answer, and between the answer and its end."
+    if template == "course":
+        return "", ""
+    build = prompt_builder(template, tokenizer)
+    prompt, longer = build("QUESTION"), build("AGAIN", turns=[("QUESTION", "ANSWER")])
+    before, answer, rest = longer.removeprefix(prompt).partition("ANSWER")
+    after, end, _ = rest.partition(tokenizer.eos_token)
+    if longer == longer.removeprefix(prompt) or not answer or not end or (before + after).strip():
+        raise DollyError(f"the chat template of {tokenizer.name_or_path or 'the base'} does not "
+                         f"write an answer and {tokenizer.eos_token} after its prompt: "
+                         f"set template=course")
+    return before, after
+
+def read_since(
+    ids: list[int],    # tokens of the conversation, up to the last answer's end
+    text: str,         # the same as text
+    prompt: str,       # the next prompt; `DollyError` when it does not begin with `text`
+    prompt_ids: list[int], # its tokens
+    tokenizer,         # of the base model
+) -> list[int]: # so `ids` and these are what the model reads before its next answer
+    "The tokens of the next prompt that come after a conversation."
+    if not prompt.startswith(text):
+        raise DollyError(f"the chat template of {tokenizer.name_or_path or 'the base'} writes "
+                         f"earlier answers anew, so several turns cannot be learnt at once: "
+                         f"set template=course")
+    if prompt_ids[:len(ids)] == ids:
+        return prompt_ids[len(ids):]
+    return tokenizer(prompt[len(text):], add_special_tokens=False).input_ids
+
+# %% ../nbs/01_data.ipynb #99257a99
+def turn_texts(
+    row: dict, # a record
+    build,     # from `prompt_builder`
+) -> list[tuple[str, str]]: # prompt and answer of each turn
+    "What stands before every answer of a record, and the answer."
+    history, system = row.get("history", []), row.get("system", "")
+    turns = [(build(question, "", history[:n], system), said)
+             for n, (question, said) in enumerate(history)]
+    return turns + [(prompt_of(row, build), row["response"])]
+
+def join_turns(
+    turns: list[tuple], # prompt, answer, tokens of the prompt, tokens of both
+    tokenizer,          # of the base model
+) -> list[tuple]: # for each turn the tokens that are read, and those that are learnt
+    "The turns of a record one after another."
+    out, ids, text = [], [], ""
+    for prompt, answer, read, whole in turns:
+        learnt = whole[len(read):]
+        if whole[:len(read)] != read:
+            # the tokenizer has joined the end of the prompt with the start of the response
+            learnt = tokenizer(answer, add_special_tokens=False).input_ids
+        learnt = learnt + [tokenizer.eos_token_id]
+        if out:
+            read = read_since(ids, text, prompt, read, tokenizer)
+        out.append((read, learnt))
+        ids = ids + read + learnt
+        text = prompt + answer + tokenizer.eos_token
+    return out
+
+def encode_turns(
+    rows: list[dict], # records
+    tokenizer,        # of the base model
+    template: str = "course", # or `chat`
+) -> list[list[tuple]]: # for each row, and each of its turns, tokens that are read, and learnt
+    "Tokens of prompts, and of answers with their end token, many records at a time."
+    build = prompt_builder(template, tokenizer)
+    before, after = answer_frame(template, tokenizer)
+    texts = [turn_texts(row, build) for row in rows]
+    prompts = [prompt for turns in texts for prompt, _ in turns]
+    answers = [before + answer + after for turns in texts for _, answer in turns]
+    prompt_ids = tokenizer(prompts).input_ids
+    whole_ids = tokenizer([p + a for p, a in zip(prompts, answers)]).input_ids
+    turns = zip(prompts, answers, prompt_ids, whole_ids)
+    return [join_turns(itertools.islice(turns, len(of_row)), tokenizer) for of_row in texts]
 
 # %% ../nbs/01_data.ipynb #ac264a13
 def encode_all(
@@ -108,19 +277,15 @@ def encode_all(
     tokenizer,        # of the base model
     max_length: int,  # tokens an example is cut at
     train_on: str = "response", # or `all`: then no label is masked
+    template: str = "course",   # or `chat`, the base's own
 ) -> list[dict]: # for each row input_ids and labels of equal length, and `cut`, the tokens lost
     "Token ids and labels of many examples; −100 marks what is not learnt."
-    prompts = [build_prompt(r["instruction"], r["context"]) for r in rows]
-    texts = [prompt + row["response"] for prompt, row in zip(prompts, rows)]
-    prompt_ids, text_ids = tokenizer(prompts).input_ids, tokenizer(texts).input_ids
     examples = []
-    for row, prompt, ids in zip(rows, prompt_ids, text_ids):
-        if ids[:len(prompt)] != prompt:
-            # the tokenizer has joined the end of the prompt with the start of the response
-            ids = prompt + tokenizer(row["response"], add_special_tokens=False).input_ids
-        ids = ids + [tokenizer.eos_token_id]
-        start = len(prompt) if train_on == "response" else 0
-        labels = [-100] * start + ids[start:]
+    for turns in encode_turns(rows, tokenizer, template):
+        ids, labels = [], []
+        for read, learnt in turns:
+            ids += read + learnt
+            labels += ([-100] * len(read) if train_on == "response" else read) + learnt
         examples.append(dict(input_ids=ids[:max_length], labels=labels[:max_length],
                              cut=max(0, len(ids) - max_length)))
     return examples
@@ -130,19 +295,20 @@ def encode(
     tokenizer,       # of the base model
     max_length: int, # tokens an example is cut at
     train_on: str = "response", # or `all`
+    template: str = "course",   # or `chat`
 ) -> dict: # as one of `encode_all`
     "Token ids and labels of one example."
-    return encode_all([row], tokenizer, max_length, train_on)[0]
+    return encode_all([row], tokenizer, max_length, train_on, template)[0]
 
 # %% ../nbs/01_data.ipynb #c1637fdd
 def encode_split(
     rows: list[dict], # records of one split
     tokenizer,        # of the base model
-    recipe: Recipe,   # `max_length`, `train_on`
+    recipe: Recipe,   # `max_length`, `train_on`, `template`
 ): # a `datasets.Dataset` of input_ids and labels; counts of examples, cut and dropped ones, tokens
     "Encode a split and count what was cut or dropped."
     from datasets import Dataset
-    examples = encode_all(rows, tokenizer, recipe.max_length, recipe.train_on)
+    examples = encode_all(rows, tokenizer, recipe.max_length, recipe.train_on, recipe.template)
     # nothing stands before the first token, so it is never predicted
     kept = [e for e in examples if any(label != -100 for label in e["labels"][1:])]
     counts = dict(examples=len(kept),

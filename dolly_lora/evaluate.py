@@ -4,14 +4,14 @@
 
 # %% ../nbs/03_eval.ipynb #788507e1
 from __future__ import annotations
-import contextlib, time
+import contextlib, functools, time
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
 from .cards import Cards, loaded_run
 from .config import DollyError, Recipe
-from .data import encode_all, normalise
+from .data import encode_all, normalise, prompt_builder, prompt_of, texts_of
 from .engine.reading import next_logits
 from .generate import encode_in_template
 from .results import LossDifference
@@ -24,11 +24,12 @@ __all__ = ['drop_long_prompts', 'answer_test', 'token_losses', 'losses_share', '
 def drop_long_prompts(
     rows: list[dict], # records
     tokenizer,        # of the base model
-    recipe: Recipe,   # `max_length`
+    recipe: Recipe,   # `max_length`, `template`
 ) -> list[dict]: # those with room for a token of the response; `DollyError` if there are none
     "A model is asked what it could have been trained on: prompts within `max_length` tokens."
-    kept = [r for r, e in zip(rows, encode_all(rows, tokenizer, recipe.max_length))
-            if e["labels"][-1] != -100]
+    build = prompt_builder(recipe.template, tokenizer)
+    prompts = tokenizer([prompt_of(r, build) for r in rows]).input_ids if rows else []
+    kept = [r for r, ids in zip(rows, prompts) if len(ids) < recipe.max_length]
     if rows and not kept:
         raise DollyError(f"each of the {len(rows)} test prompts is longer than {recipe.max_length} "
                          f"tokens: set a larger max_length, or bring other data")
@@ -38,14 +39,14 @@ def answer_test(
     answer,           # from `make_answerer`
     rows: list[dict], # test records
     recipe: Recipe,   # `max_new_tokens`
-    build: dict,      # contender -> gives the prompt of an instruction and its context
+    build: dict,      # contender -> gives the prompt of a record: `prompt_builder`
 ) -> dict[str, list[dict]]: # contender -> instruction, context, category, reference, output, ...
     "Every contender's greedy answers to held-out prompts, beside their references."
-    prompts = {name: [b(r["instruction"], r["context"]) for r in rows] for name, b in build.items()}
+    prompts = {name: [prompt_of(r, b) for r in rows] for name, b in build.items()}
     def row(r, a):
-        return dict(instruction=r["instruction"], context=r["context"], category=r["category"],
-                    reference=r["response"], output=a.text, n_tokens=a.n_tokens,
-                    finished=a.finished)
+        asked = {field: text for field, text in r.items() if field != "response"}
+        return asked | dict(reference=r["response"], output=a.text, n_tokens=a.n_tokens,
+                            finished=a.finished)
     return {name: [row(r, a) for r, a in zip(rows, answers)]
             for name, answers in answer(prompts, 0.0, recipe.max_new_tokens).items()}
 
@@ -55,11 +56,12 @@ def token_losses(
     model,              # causal language model or PeftModel
     tokenizer,          # of the model
     rows: list[dict],   # records
-    recipe: Recipe,     # `max_length`
+    recipe: Recipe,     # `max_length`, `template`
     log=print,          # gets a line every ten seconds
-    encode=encode_all,  # or `encode_in_template`
+    encode=None,        # or `encode_in_template`; default: `encode_all`, in the run's template
 ) -> np.ndarray: # float64 [len(rows), 2]: summed negative log-probability in nats, response tokens
     "The loss of every record's response, as a sum and a count."
+    encode = encode or functools.partial(encode_all, template=recipe.template)
     out, shown = np.zeros((len(rows), 2)), time.time()
     texts, wanted = [], []  # of the records that have a response token
     for i, example in enumerate(encode(rows, tokenizer, recipe.max_length)):
@@ -95,12 +97,12 @@ def contender_losses(
     cards: Cards | None = None, # share the records; None: this process reads them all
 ) -> np.ndarray: # as from `token_losses`
     "The losses of a contender: the adapter on or off, the records in its form."
-    encode = encode_in_template if name == "chat_template" else encode_all
+    encode = encode_in_template if name == "chat_template" else None
     def own(part, log=print):
         with contextlib.nullcontext() if name == "tuned" else model.disable_adapter():
             return token_losses(model, tokenizer, part, recipe, log=log, encode=encode)
     if cards is None or cards.number == 1: return own(rows)
-    sizes = [len(row["context"]) + len(row["response"]) for row in rows]
+    sizes = [sum(map(len, texts_of(row))) for row in rows]
     return np.array(cards.map(lambda part: own(part, cards.first_card(print)),
                               "dolly_lora.evaluate:losses_share", rows, sizes, name))
 

@@ -14,7 +14,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from .cards import card_file, Cards, gather_rows, loaded_run
 from .config import DollyError, Recipe
-from .data import build_conversation, build_prompt, encode_all
+from .data import encode_all, encode_turns, prompt_builder, turn_texts
 from .engine.blocks import is_decodable
 from .engine.decoder import choose, decode_all, uniform_draws
 from .files import file_sha256, JsonlCache
@@ -23,7 +23,7 @@ from .runs import hold_run
 
 # %% auto #0
 __all__ = ['Answer', 'read_answer', 'ChooseToken', 'generate_plain', 'answer_keys', 'kept_answer', 'encode_prompts',
-           'answer_prompts', 'progress_line', 'generate', 'prompt_builder', 'encode_in_template', 'provenance',
+           'answer_prompts', 'progress_line', 'generate', 'contender_template', 'encode_in_template', 'provenance',
            'answer_asked', 'unanswered', 'answer_share', 'make_answerer']
 
 # %% ../nbs/03a_generate.ipynb #03a006
@@ -225,26 +225,12 @@ def generate(
     return [done[k] for k in keys]
 
 # %% ../nbs/03a_generate.ipynb #3a0a0011
-def prompt_builder(
-    name: str, # a key of `CONTENDERS`
-    tokenizer, # of the base model
-): # a function: instruction, context (""), turns (earlier question-answer pairs) to a prompt
-    "In which form a contender is asked: the course's, or the chat template of the base model."
-    def in_course_form(instruction, context="", turns=()):
-        if turns: return build_conversation(turns, instruction, tokenizer.eos_token)
-        return build_prompt(instruction, context)
-    def in_own_template(instruction, context="", turns=()):
-        messages = []
-        for question, answer in turns:
-            messages.append(dict(role="user", content=question))
-            messages.append(dict(role="assistant", content=answer))
-        asked = f"{instruction}\n\n{context}" if context else instruction
-        messages.append(dict(role="user", content=asked))
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        # a start token that the tokenizer adds by itself must not stand there twice
-        adds_start = tokenizer.bos_token_id in tokenizer("").input_ids
-        return text.removeprefix(tokenizer.bos_token) if adds_start else text
-    return in_own_template if name == "chat_template" else in_course_form
+def contender_template(
+    name: str,      # a key of `CONTENDERS`
+    recipe: Recipe, # `template`
+) -> str: # `course` or `chat`, for `prompt_builder`
+    "In which form a contender is asked."
+    return "chat" if name == "chat_template" else recipe.template
 
 # %% ../nbs/03a_generate.ipynb #57da476f
 def encode_in_template(
@@ -253,11 +239,23 @@ def encode_in_template(
     max_length: int,  # tokens of an example in the course's form
 ) -> list[dict]: # input_ids and labels, as from `encode_all`
     "Records in the base model's own chat template; response tokens are those of `encode_all`."
-    build, examples = prompt_builder("chat_template", tokenizer), []
-    for row, example in zip(rows, encode_all(rows, tokenizer, max_length)):
-        response = [label for label in example["labels"] if label != -100]
-        prompt = tokenizer(build(row["instruction"], row["context"])).input_ids
-        examples.append(dict(input_ids=prompt + response, labels=[-100] * len(prompt) + response))
+    build, end, examples = prompt_builder("chat", tokenizer), tokenizer.eos_token, []
+    in_course = encode_turns(rows, tokenizer), encode_all(rows, tokenizer, max_length)
+    for row, turns, example in zip(rows, *in_course):
+        left = sum(label != -100 for label in example["labels"])  # some may have been cut
+        ids, labels, before, said = [], [], "", ""
+        for (prompt, answer), (_, learnt) in zip(turn_texts(row, build), turns):
+            new = prompt.removeprefix(before)  # what was said last, its end, the next question
+            if ids and said in new: new = new.partition(said)[2]
+            if ids and new.lstrip().startswith(end): new = new.partition(end)[2]
+            read = tokenizer(new, add_special_tokens=not ids).input_ids
+            learnt = learnt[:left]
+            left -= len(learnt)
+            ids += read + learnt
+            labels += [-100] * len(read) + learnt
+            before, said = prompt, answer
+            if not left: break
+        examples.append(dict(input_ids=ids, labels=labels))
     return examples
 
 # %% ../nbs/03a_generate.ipynb #3a0a0014

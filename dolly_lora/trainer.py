@@ -417,6 +417,9 @@ def model_card(
 ) -> str:           # Markdown for adapter/README.md
     "What the adapter is, how to load it, and under which licences."
     s = history["summary"]
+    form = "`### Instruction:`, optional `### Context:`, `### Response:`, as in 01_data."
+    if recipe.template == "chat":
+        form = "the base model's own chat template; the tokenizer beside this file ends answers."
     return f"""---
 base_model: {json.dumps(recipe.base)}
 library_name: peft
@@ -432,7 +435,7 @@ Validation loss {s["first_validation_loss"]:.4f} before, \
 whose weights these are.
 
 Load it with `PeftModel.from_pretrained(base_model, "adapter")`.
-Prompts: `### Instruction:`, optional `### Context:`, `### Response:`, as in 01_data.
+Prompts: {form}
 
 Licences: databricks-dolly-15k is CC BY-SA 3.0; LLaMA-2 has the Llama 2 community licence; \
 SmolLM2 is Apache-2.0.

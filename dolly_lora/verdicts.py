@@ -98,7 +98,9 @@ def check_pairs(
     by_instruction = {}
     for r in test:
         context = f"\n\n{r['context']}" if r["context"] else ""
-        by_instruction[r["instruction"] + context] = r["response"]  # each instruction once
+        before = "".join(f"{text}\n\n" for pair in r.get("history", []) for text in pair)
+        question = before + r["instruction"] + context
+        by_instruction[question] = r["response"]  # each once
     asked, answers = list(by_instruction)[:n], list(by_instruction.values())[:n]
     def outputs(answers, who):
         return [dict(dataset="check", instruction=i, output=a, generator=who)

@@ -16,9 +16,9 @@ from tokenizers.processors import TemplateProcessing
 from conftest import ROOT
 from dolly_lora import evaluate, models, verdicts
 from dolly_lora.config import PRESETS, DollyError, resolve
-from dolly_lora.data import build_conversation, build_prompt, encode_all
+from dolly_lora.data import build_conversation, build_prompt, encode_all, prompt_builder
 from dolly_lora.files import json_line, read_json, read_jsonl, write_json
-from dolly_lora.generate import encode_in_template, prompt_builder, provenance
+from dolly_lora.generate import contender_template, encode_in_template, provenance
 from dolly_lora.judge import Reply
 from dolly_lora.models import load_base, load_tokenizer
 from dolly_lora.results import LossDifference, read_metrics
@@ -95,11 +95,14 @@ def test_answers_of_a_local_folder_depend_on_its_contents(tmp_path):
 
 def test_prompts_of_the_contenders():
     tokenizer = template_tokenizer()
-    course = prompt_builder("tuned", tokenizer)
+    assert contender_template("chat_template", TINY) == "chat"
+    assert contender_template("tuned", TINY) == contender_template("base", TINY) == "course"
+    assert contender_template("tuned", replace(TINY, template="chat")) == "chat"
+    course = prompt_builder("course", tokenizer)
     assert course("Why?", "Because.") == build_prompt("Why?", "Because.")
     turns = [("Name one.", "Two.")]
     assert course("Why?", turns=turns) == build_conversation(turns, "Why?", tokenizer.eos_token)
-    own = prompt_builder("chat_template", tokenizer)
+    own = prompt_builder("chat", tokenizer)
     assert own("Why?", "Because.") == "<s>[user] Why?\n\nBecause.</s>[assistant] "
     both = "<s>[user] Name one.</s>[assistant] Two.</s>[user] Why?</s>[assistant] "
     assert own("Why?", turns=turns) == both
@@ -108,7 +111,7 @@ def test_prompts_of_the_contenders():
 @pytest.mark.parametrize("adds_start", [False, True])
 def test_the_start_token_stands_once_before_a_chat(adds_start):
     tokenizer = template_tokenizer(adds_start)
-    text = prompt_builder("chat_template", tokenizer)("Why?")
+    text = prompt_builder("chat", tokenizer)("Why?")
     ids = tokenizer(text).input_ids
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
@@ -121,7 +124,7 @@ def test_the_loss_in_the_own_template_is_over_the_same_tokens():
               for encode in (encode_all, encode_in_template)]
     assert labels[0] == labels[1] and labels[0][0][-1] == tokenizer.eos_token_id
     for row, e in zip(rows, encode_in_template(rows, tokenizer, 256)):
-        build = prompt_builder("chat_template", tokenizer)
+        build = prompt_builder("chat", tokenizer)
         prompt = tokenizer(build(row["instruction"])).input_ids
         assert e["input_ids"][:len(prompt)] == prompt and len(e["labels"]) == len(e["input_ids"])
     counts = [evaluate.token_losses(load_base(TINY), tokenizer, rows, TINY, encode=encode)[:, 1]
