@@ -37,7 +37,7 @@ class Recipe:
     max_length: int = 1024               # tokens an example is cut at
     val_fraction: float = 0.1            # share of records for validation
     test_fraction: float = 0.1           # share of records for the held-out test
-    template: str = "course"             # the prompt: the `course`'s, or the base's own `chat` template
+    template: str = "course"             # of prompts: the `course`'s, or the base's own for `chat`
     train_on: str = "response"           # loss on the `response` only, or on `all` tokens
     load_in_4bit: bool = True            # NF4, double quantisation; only where there is CUDA
     lora_r: int = 16                     # rank of the adapters

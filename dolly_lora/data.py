@@ -44,6 +44,7 @@ def strip_record(
         out["history"] = [[text.strip() for text in pair] for pair in row["history"]]
     return out, marks
 
+# %% ../nbs/01_data.ipynb #7155d432
 def clean(
     records, # from `load_dolly`
 ) -> tuple[list[dict], dict]: # the records that stay, in an order of their own; what was counted
@@ -255,6 +256,7 @@ def join_turns(
         text = prompt + answer + tokenizer.eos_token
     return out
 
+# %% ../nbs/01_data.ipynb #b65806e4
 def encode_turns(
     rows: list[dict], # records
     tokenizer,        # of the base model

@@ -57,6 +57,7 @@ def read_message(
                         f"can be trained on; leave such conversations out")
     return ROLES[role], check_text(message.get("content", message.get("value")), what, where)
 
+# %% ../nbs/01a_sources.ipynb #40a891e9
 def read_messages(
     messages,   # whatever stands in the row
     where: str, # `my.jsonl line 3`
@@ -134,6 +135,7 @@ def read_history(
             raise DataError(f"{where}: field 'history' has an empty question or answer")
     return pairs
 
+# %% ../nbs/01a_sources.ipynb #3c0b58af
 def read_shape(
     row: dict,  # as the file has it
     where: str, # `my.jsonl line 3`
