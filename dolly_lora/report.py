@@ -202,6 +202,7 @@ def _values(r, metrics): # what the template's holes are filled from
         model=MODEL_NAMES.get(p["base"], p["base"]), source=source_name(r["data"]["source"]),
         method="QLoRA" if p["load_in_4bit"] and environment["gpu"] else "LoRA",
         is_llama2="Llama-2" in p["base"], is_instruct=p["base"] == "smollm2",
+        in_chat=p.get("template") == "chat",
         optimizer=optimizer_name(r),
         base=base, chat=chat, tuned=tuned, third=third, described=described, seeds=seeds,
         claims=all_claims(metrics), judges=[judge_facts(j) for j in judgments],

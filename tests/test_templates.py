@@ -566,4 +566,6 @@ def test_the_course_runs_on_conversations_in_the_bases_template(tmp_path, talks)
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = read_json(tmp_path / "run/metrics.json")
     assert set(metrics["test"]) == {"base", "tuned"}
-    assert (tmp_path / "run/report/report.html").exists()
+    report = (tmp_path / "run/report/report.html").read_text()
+    assert "no part of the gain is the learning of a template" in " ".join(report.split())
+    assert "has no chat template of its own" not in " ".join(report.split())
