@@ -457,6 +457,11 @@ def test_a_prompt_that_is_too_long_with_its_history_is_not_asked(chat_run):
     tokenizer = load_tokenizer(recipe)
     long = TALK | dict(history=[["Name a prime.", "7"], ["Why? " * 200, "So."]])
     assert evaluate.drop_long_prompts([long, TALK], tokenizer, recipe) == [TALK]
+    tokens = len(tokenizer(prompt_of(TALK, prompt_builder("chat", tokenizer))).input_ids)
+    room = replace(recipe, max_length=tokens + 1)           # for one token of the answer
+    assert evaluate.drop_long_prompts([TALK], tokenizer, room) == [TALK]
+    with pytest.raises(DollyError, match="set a larger max_length"):
+        evaluate.drop_long_prompts([TALK], tokenizer, replace(recipe, max_length=tokens))
 
 
 def test_a_chat_speaks_the_runs_template(chat_run):
