@@ -7,12 +7,12 @@ from unittest.mock import patch
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GraniteConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GraniteConfig, MistralConfig
 
 import dolly_lora.engine
 from dolly_lora.config import DollyError
 from dolly_lora.engine import Decoder, Engine, kernels, make_engine, packing
-from dolly_lora.engine.blocks import fits_llama, is_decodable, is_llama
+from dolly_lora.engine.blocks import is_fusable, is_decodable, is_covered
 from dolly_lora.engine.memory import MemoryPlan, plan_memory
 from dolly_lora.engine.packing import PackedModel, pack
 from dolly_lora.engine.step import FusedLlama
@@ -54,8 +54,8 @@ def test_fp8_is_refused_in_one_line_where_it_cannot_be():
     recipe = replace(TINY, precision="fp8")
     with pytest.raises(DollyError, match="needs a Hopper card.*: set precision=auto") as card:
         make_engine(adapted(tiny_model()).cpu(), recipe)
-    with pytest.raises(DollyError, match="is for a Llama.*: set precision=auto") as shape:
-        make_engine(made(Qwen2Config), recipe)
+    with pytest.raises(DollyError, match="is for llama, mistral.*: set precision=auto") as shape:
+        make_engine(made(GraniteConfig), recipe)
     with pytest.raises(DollyError, match="1 GiB are too few: set precision=auto") as memory:
         plan_memory(adapted(tiny_model()), recipe, free=2**30)
     assert not any("\n" in str(error.value) for error in (card, shape, memory))
@@ -94,27 +94,15 @@ def test_a_model_with_a_short_window_is_refused():
         mistral.loss(pack(some()), 1.0)
 
 
-def test_other_architectures_get_the_plain_engine():
-    qwen = made(Qwen2Config)
-    assert not fits_llama(qwen, 256) and fits_llama(adapted(tiny_model()), 256)
-    engine = make_engine(qwen, TINY)
-    assert isinstance(engine, PackedModel)
-    one = plain_engine(qwen).loss(pack(some()[:1]), 1.0)
-    assert engine.loss(pack(some()), 1.0) > one > 0
-
-
-def as_llama(window):
-    """A Mistral that is let in as exercise 3 of 02c asks: by its model type."""
+def mistral(window):
     torch.manual_seed(0)
-    model = made(MistralConfig, sliding_window=window)
-    model.get_base_model().config.model_type = "llama"
-    return model
+    return made(MistralConfig, sliding_window=window)
 
 
 def test_a_window_must_be_as_long_as_the_texts():
-    short = as_llama(window=255)
-    assert is_llama(short, 255) and fits_llama(short, 255) and is_decodable(short, 255)
-    assert not (is_llama(short, 256) or fits_llama(short, 256) or is_decodable(short, 256))
+    short = mistral(window=255)
+    assert is_covered(short, 255) and is_fusable(short, 255) and is_decodable(short, 255)
+    assert not (is_covered(short, 256) or is_fusable(short, 256) or is_decodable(short, 256))
     assert isinstance(make_engine(short, TINY), PackedModel)    # max_length=256
     assert not plan_memory(short, TINY).keep_weights
     assert isinstance(make_engine(short, replace(TINY, max_length=255)), FusedLlama)
@@ -124,27 +112,16 @@ def test_a_window_must_be_as_long_as_the_texts():
         Decoder(short, 2, slots=1, capacity=256, max_new_tokens=8)
 
 
-def test_a_mistral_within_its_window_trains_with_these_blocks():
-    batch, results = pack(some()), []
-    for make in (plain_engine, lambda m: make_engine(m, TINY)):
-        model = as_llama(window=256)
-        engine = make(model)
-        results.append((engine.loss(batch, 10, gradient=True), gradients(engine, model)))
-    assert isinstance(engine, FusedLlama)
-    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-5, atol=1e-5)
-
-
 def some_linears_only():
     return get_peft_model(tiny_model(), LoraConfig(target_modules=["v_proj"]))
 
 
 @pytest.mark.parametrize("model", [
-    lambda: made(Qwen2Config),                                       # biases
-    lambda: made(Qwen2Config).get_base_model(),
+    lambda: made(GraniteConfig),                                     # factors on everything
+    lambda: made(GraniteConfig).get_base_model(),
     some_linears_only,
     lambda: some_linears_only().get_base_model(),                    # PEFT's layers, no PeftModel
-], ids=["qwen", "qwen's base", "adapters on some linears", "a base with them"])
+], ids=["granite", "granite's base", "adapters on some linears", "a base with them"])
 def test_what_the_blocks_do_not_compute_is_refused(model):
     model = model()
     with pytest.raises(DollyError, match="make_engine"):
@@ -155,10 +132,10 @@ def test_what_the_blocks_do_not_compute_is_refused(model):
 
 def test_a_bias_in_a_linear_is_seen_whatever_the_config_says():
     model = add_lora(tiny_model(), TINY)
-    assert is_llama(model, 256) and is_llama(model.get_base_model(), 256)
+    assert is_covered(model, 256) and is_covered(model.get_base_model(), 256)
     linear = model.get_base_model().model.layers[-1].mlp.down_proj.base_layer
     linear.bias = torch.nn.Parameter(torch.ones(linear.out_features))
-    assert not is_llama(model, 256) and not fits_llama(model, 256)
+    assert not is_covered(model, 256) and not is_fusable(model, 256)
 
 
 def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused():
@@ -184,7 +161,7 @@ def test_the_plain_engines_logits_are_without_dropout_and_gradients():
 
 
 def test_both_engines_are_engines():
-    for model in (adapted(tiny_model()), made(Qwen2Config)):
+    for model in (adapted(tiny_model()), made(GraniteConfig)):
         engine = make_engine(model, TINY)
         assert isinstance(engine, Engine)
         engine.flat.start()

@@ -20,7 +20,7 @@ WEIGHTS = "adapter/adapter_model.safetensors"
 
 def test_training_takes_the_plain_path_for_what_is_no_llama_and_learns_the_same(tmp_path):
     fast = train(TINY, tmp_path / "fast", log=quiet)
-    with patch("dolly_lora.engine.step.fits_llama", return_value=False):
+    with patch("dolly_lora.engine.step.is_fusable", return_value=False):
         plain = train(TINY, tmp_path / "plain", log=quiet)
     assert fast["summary"]["engine"] == "FusedLlama"
     assert plain["summary"]["engine"] == "PackedModel"

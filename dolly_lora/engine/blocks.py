@@ -14,10 +14,10 @@ from .packing import has_varlen, PackedBatch
 from ..models import attention_obstacle, base_model, head_dim
 
 # %% auto #0
-__all__ = ['FlatParameters', 'Workspace', 'LoRAGroup', 'LoRAActivations', 'group_forward', 'group_backward', 'Block',
-           'BlockActivations', 'block_activations', 'block_forward', 'deterministic', 'block_backward', 'input_groups',
-           'is_llama', 'fits_llama', 'is_decodable', 'lora_rank', 'llama_blocks', 'hold_weights', 'angles_at',
-           'hidden_states', 'output_logits']
+__all__ = ['ARCHITECTURES', 'FlatParameters', 'Workspace', 'LoRAGroup', 'LoRAActivations', 'group_forward', 'group_backward',
+           'Block', 'BlockActivations', 'block_activations', 'block_forward', 'deterministic', 'block_backward',
+           'input_groups', 'is_covered', 'is_fusable', 'is_decodable', 'lora_rank', 'llama_blocks', 'hold_weights',
+           'angles_at', 'hidden_states', 'output_logits']
 
 # %% ../../nbs/02c_blocks.ipynb #02c006
 class FlatParameters:
@@ -318,18 +318,21 @@ def input_groups(
     return ([attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj],
             [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
 
-def is_llama(
+# Model types whose blocks are computed here. What each is trusted to be: causal attention with
+# scores scaled by 1 / sqrt(head_dim) and whole heads rotated; RMS norms before attention and before
+# the MLP, and nowhere else; residual connections and logits without a factor; a head without a
+# bias; linears of torch or bitsandbytes' NF4.
+ARCHITECTURES = "llama", "mistral"
+
+def is_covered(
     model, # a transformers model, or a PeftModel of one
     tokens: int, # of the longest text that it will be given
 ) -> bool: # False: transformers has to compute it
-    "Is it a Llama as the blocks here compute it, for texts of this length?"
-    # What a model of type "llama" is trusted to be: causal attention with scores scaled by
-    # 1 / sqrt(head_dim), RMS norms before attention and before the MLP, and nowhere else; residual
-    # connections and logits without a factor; linears of torch or bitsandbytes' NF4. Another model
-    # type that is let in here must be all of that. What can differ from one Llama to the next:
+    "Do the blocks here compute this model, for texts of this length?"
     base = base_model(model)
     config = base.config
-    if config.model_type != "llama" or config.hidden_act != "silu": return False
+    if config.model_type not in ARCHITECTURES or config.hidden_act != "silu": return False
+    # what differs from one model of a type to the next
     if attention_obstacle(config, tokens): return False  # a window shorter than the text, for one
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"): return False  # their angles depend on the text's length
@@ -339,12 +342,12 @@ def is_llama(
     # a kernel's program computes 16 outputs or more, all of the same linear
     return all(l.out_features % 16 == 0 for l in linears)
 
-def fits_llama(
+def is_fusable(
     model, # a causal language model; only a PeftModel can be trained
     tokens: int, # of the longest example
 ) -> bool:
     "Can `FusedLlama` train it: a Llama, one plain LoRA adapter, on all seven linears alone?"
-    if not hasattr(model, "get_base_model") or not is_llama(model, tokens): return False
+    if not hasattr(model, "get_base_model") or not is_covered(model, tokens): return False
     base, names = model.get_base_model(), model.active_adapters
     if len(names) != 1: return False
     if sum(hasattr(m, "lora_A") for m in base.modules()) != 7 * len(base.model.layers): return False
@@ -355,9 +358,9 @@ def is_decodable(
     model, # a causal language model or PeftModel, its adapters on or off
     tokens: int, # of the longest prompt and its answer together
 ) -> bool: # False: transformers' `generate` has to do it
-    "Can a `Decoder` answer for it? A Llama without adapters, or a PeftModel that `fits_llama`."
-    if base_model(model) is not model: return fits_llama(model, tokens)
-    return is_llama(model, tokens) and not any(hasattr(m, "lora_A") for m in model.modules())
+    "Can a `Decoder` answer for it? A Llama without adapters, or a PeftModel that `is_fusable`."
+    if base_model(model) is not model: return is_fusable(model, tokens)
+    return is_covered(model, tokens) and not any(hasattr(m, "lora_A") for m in model.modules())
 
 def _plain_lora(group, name): # one rank and scale, no bias, no DoRA, not merged
     if not all(hasattr(l, "lora_A") and name in l.lora_A for l in group): return False
@@ -373,7 +376,7 @@ def lora_rank(
 
 # %% ../../nbs/02c_blocks.ipynb #i7153838
 def llama_blocks(
-    base, # a transformers model for which `is_llama`, PEFT's layers in it or not
+    base, # a transformers model for which `is_covered`, PEFT's layers in it or not
     ops: Operations, # from `operations`
 ) -> tuple[list[Block], list[LoRAGroup]]: # the blocks, and all their groups
     "A model's layers as blocks; its parameters stay where they are."

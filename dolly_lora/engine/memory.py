@@ -6,7 +6,7 @@
 from __future__ import annotations
 from dataclasses import dataclass
 from ..config import DollyError, Recipe
-from .blocks import fits_llama, lora_rank
+from .blocks import is_fusable, lora_rank
 from .kernels import operations
 from ..hardware import free_memory
 from ..models import linear_shapes
@@ -39,7 +39,7 @@ def plan_memory(
     free: int | None = None, # bytes; default: what the card has left
 ) -> MemoryPlan: # the fastest that fits; with `memory="frugal"`, the smallest
     "Decide how a step spends the memory there is; `DollyError` if it is too little for FP8."
-    fused = fits_llama(model, recipe.max_length)
+    fused = is_fusable(model, recipe.max_length)
     fp8 = recipe.precision == "fp8"
     limits = dict(examples=recipe.batch_size, longest=recipe.max_length, fp8=fp8)
     if model.device.type == "cpu" and free is None:  # unquantised: there is nothing to keep twice

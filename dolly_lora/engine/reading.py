@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 import torch
 from ..config import DollyError
-from .blocks import (
-    angles_at, hidden_states, hold_weights, is_decodable, llama_blocks, lora_rank, output_logits)
+from dolly_lora.engine.blocks import (
+    angles_at, ARCHITECTURES, hidden_states, hold_weights, is_decodable, llama_blocks, lora_rank,
+    output_logits)
 from .kernels import operations
 from .packing import attend, pack
 from ..models import base_model
@@ -18,17 +19,17 @@ __all__ = ['Reader', 'next_logits']
 
 # %% ../../nbs/03h_reading.ipynb #621ad40b
 class Reader:
-    "A Llama's forward pass, with its adapters as they are when it is made."
+    "The forward pass of a Llama or its kin, with its adapters as they are when it is made."
     def __init__(self,
         model,        # `DollyError` unless `is_decodable`
         longest: int, # tokens of a text, at most
         keep_weights: bool = True, # hold NF4 weights dequantised, rather than at every use?
     ):
         if not is_decodable(model, longest):
-            raise DollyError(f"a Reader computes a Llama without adapters, or with one plain LoRA "
-                             f"adapter on all its linears, for texts of up to {longest:,} tokens, "
-                             f"and this model is something else: `generate` and `next_logits` "
-                             f"find the way for it")
+            raise DollyError(f"a Reader computes {', '.join(ARCHITECTURES)} without adapters, or with "
+                             f"one plain LoRA adapter on all linears, for texts of up to "
+                             f"{longest:,} tokens, and this model is something else: `generate` "
+                             f"and `next_logits` find the way for it")
         self.base = base_model(model)
         self.device, self.dtype = self.base.device, self.base.lm_head.weight.dtype
         self.ops = operations(self.device, lora_rank(model))

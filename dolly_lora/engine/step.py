@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from ..config import DollyError, Recipe
 from .blocks import (
-    angles_at, block_activations, block_backward, fits_llama, FlatParameters, hidden_states,
-    hold_weights, llama_blocks, lora_rank, output_logits)
+    angles_at, ARCHITECTURES, block_activations, block_backward, FlatParameters, hidden_states,
+    hold_weights, is_fusable, llama_blocks, lora_rank, output_logits)
 from .graphs import StepGraphs
 from .kernels import Operations, operations
 from .memory import MemoryPlan, plan_memory
@@ -50,22 +50,23 @@ class Engine(Protocol):
 
 # %% ../../nbs/02d_step.ipynb #02c024
 class FusedLlama:
-    "Loss and gradients of a packed batch for PEFT LoRA on a Llama, by hand."
+    "Loss and gradients of a packed batch for PEFT LoRA on a Llama or its kin, by hand."
     flat: FlatParameters # the adapters and their gradients, for the optimizer
     plan: MemoryPlan     # what is kept, and how large a batch can be
     varlen: bool         # is attention computed over a whole batch at once?
     graphs: StepGraphs | None # its recorded steps; None: it records none
 
     def __init__(self,
-        model,             # PeftModel, adapters in float32; `DollyError` unless `fits_llama`
+        model,             # PeftModel, adapters in float32; `DollyError` unless `is_fusable`
         plan: MemoryPlan,  # from `plan_memory`; no example may be longer than its `longest`
         graphs: bool = True, # replay recorded steps where the attention allows it
         ops: Operations | None = None, # default: what the device can run
     ):
-        if not fits_llama(model, plan.longest):
-            raise DollyError(f"FusedLlama computes one plain LoRA adapter on all linears of a "
-                             f"Llama, for examples of up to {plan.longest:,} tokens, and this "
-                             f"model is something else: `make_engine` finds the engine for it")
+        if not is_fusable(model, plan.longest):
+            raise DollyError(f"FusedLlama computes one plain LoRA adapter on all linears of a model "
+                             f"of type {', '.join(ARCHITECTURES)}, for examples of up to "
+                             f"{plan.longest:,} tokens, and this model is something else: "
+                             f"`make_engine` finds the engine for it")
         self.base, self.plan, self.device = model.get_base_model(), plan, model.device
         self.dtype = self.base.lm_head.weight.dtype
         self.ops = ops or operations(self.device, lora_rank(model))
@@ -161,11 +162,11 @@ def make_engine(
     recipe: Recipe, # `memory`, `max_length` and `batch_size` decide about the memory
 ) -> Engine: # FusedLlama, or PackedModel for another architecture, which knows no FP8
     "The fastest engine for this model on this machine; `DollyError` if it cannot be in FP8."
-    fused = fits_llama(model, recipe.max_length)
+    fused = is_fusable(model, recipe.max_length)
     if recipe.precision == "fp8":
         if not fused:
-            raise DollyError("precision=fp8 is for a Llama with plain LoRA adapters, which this "
-                             "model is not: set precision=auto")
+            raise DollyError(f"precision=fp8 is for {', '.join(ARCHITECTURES)} with plain LoRA "
+                             f"adapters, and this model is something else: set precision=auto")
         require_fp8(model.device)
     plan = plan_memory(model, recipe)
     if fused: return FusedLlama(model, plan)
