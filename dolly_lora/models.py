@@ -512,8 +512,10 @@ def keep_small_weights(
     for m in layers:
         packed = m.get_base_layer().weight
         values = dequantize_4bit(packed.data, packed.quant_state)
+        bias = m.get_base_layer().bias
         m.base_layer = torch.nn.Linear(m.in_features, m.out_features, bias=False, device="meta")
         m.base_layer.weight = torch.nn.Parameter(values, requires_grad=False)
+        m.base_layer.bias = bias
     return model
 
 # %% ../nbs/00a_models.ipynb #0156c68a

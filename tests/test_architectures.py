@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, MistralConfig)
+    AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config)
 
 from dolly_lora.config import PRESETS
 from dolly_lora.data import build_prompt
@@ -41,6 +41,10 @@ SHAPES = {
     "yarn": LlamaConfig(**GROUPED, rope_parameters=ROPE | dict(rope_type="yarn")),
     "mistral": MistralConfig(**GROUPED, head_dim=32, sliding_window=None),
     "mistral within its window": MistralConfig(**GROUPED, sliding_window=256),
+    "qwen2": Qwen2Config(**GROUPED),
+    "qwen2, tied, its rope stretched": Qwen2Config(
+        **GROUPED, tie_word_embeddings=True, rope_parameters=ROPE | dict(rope_type="yarn")),
+    "biases everywhere": LlamaConfig(**GROUPED, attention_bias=True, mlp_bias=True),
 }
 
 

@@ -131,11 +131,13 @@ def test_what_the_blocks_do_not_compute_is_refused(model):
 
 
 def test_a_bias_in_a_linear_is_seen_whatever_the_config_says():
-    model = add_lora(tiny_model(), TINY)
-    assert is_covered(model, 256) and is_covered(model.get_base_model(), 256)
-    linear = model.get_base_model().model.layers[-1].mlp.down_proj.base_layer
-    linear.bias = torch.nn.Parameter(torch.ones(linear.out_features))
-    assert not is_covered(model, 256) and not is_fusable(model, 256)
+    batch, logits = pack(some(2)), []
+    for make in (plain_engine, lambda m: FusedLlama(m, MemoryPlan(True, False, 1024))):
+        model = adapted(tiny_model())
+        linear = model.get_base_model().model.layers[-1].self_attn.k_proj.base_layer
+        linear.bias = torch.nn.Parameter(torch.arange(linear.out_features) / 10)
+        logits.append(make(model).logits(batch))
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused():

@@ -55,7 +55,7 @@ class LoRAGroup:
     db: torch.Tensor # gradient of `b`, float32
 
     def __init__(self,
-        layers,     # linears without bias: PEFT LoRA layers with one adapter, or plain ones
+        layers,     # linears: PEFT LoRA layers with one adapter, or plain ones
         linear_index: int,    # number of the first among the model's linears: names dropout masks
         workspace: Workspace, # shared with the same group of the other blocks
         ops: Operations,      # from `operations`
@@ -65,6 +65,7 @@ class LoRAGroup:
         self.base = [getattr(l, "base_layer", l) for l in layers]
         self.sizes = [b.out_features for b in self.base]
         self.shape = sum(self.sizes), self.base[0].in_features  # outputs of all, inputs
+        self.bias = _joined_bias(self.base)  # [outputs of all]; None: no linear has one
         self.quantised = hasattr(self.base[0].weight, "quant_state")
         self.held = None  # the whole weight, once it is held
         self.held_fp8 = None  # from `quantise_rows`: the weight, and its transpose
@@ -119,17 +120,18 @@ class LoRAGroup:
         x: torch.Tensor, # [tokens, inputs]
         residual: torch.Tensor | None = None, # [tokens, outputs of all], added to the result
     ) -> torch.Tensor: # [tokens, outputs of all]
-        "`x @ weight.t()`, the frozen part of the forward pass."
-        if self.fp8:
-            y = fp8_product(self.ops.quantise_rows(x), self.held_fp8[0], x.dtype)
-            return y if residual is None else y.add_(residual)
-        weight = self.weight()
-        return x @ weight.t() if residual is None else torch.addmm(residual, x, weight.t())
+        "`x @ weight.t() + bias`, the frozen part of the forward pass."
+        more = [t for t in (residual, self.bias) if t is not None]
+        if self.fp8: y = fp8_product(self.ops.quantise_rows(x), self.held_fp8[0], x.dtype)
+        elif more: y = torch.addmm(more.pop(0), x, self.weight().t())  # the product adds one
+        else: y = x @ self.weight().t()
+        for t in more: y += t
+        return y
 
     def base_backward(self,
         grad: torch.Tensor, # [tokens, outputs of all]
     ) -> torch.Tensor: # [tokens, inputs]
-        "`grad @ weight`, the frozen part of the backward pass."
+        "`grad @ weight`, the frozen part of the backward pass: a bias does not change it."
         if self.fp8:
             return fp8_product(self.ops.quantise_rows(grad), self.held_fp8[1], grad.dtype)
         return grad @ self.weight()
@@ -147,6 +149,12 @@ class LoRAGroup:
         self.a, self.da = (t[start:middle].view(-1, k) for t in (low, grad))
         self.b, self.db = (t[middle:end].view(-1, r).t() for t in (low, grad))
         return end
+
+def _joined_bias(linears): # side by side; zeros where a linear has none, None where none has one
+    if all(l.bias is None for l in linears): return None
+    some = next(l.bias.data for l in linears if l.bias is not None)
+    return torch.cat([some.new_zeros(l.out_features) if l.bias is None else l.bias.data
+                      for l in linears])
 
 # %% ../../nbs/02c_blocks.ipynb #02c012
 class LoRAActivations(NamedTuple):
@@ -321,8 +329,8 @@ def input_groups(
 # Model types whose blocks are computed here. What each is trusted to be: causal attention with
 # scores scaled by 1 / sqrt(head_dim) and whole heads rotated; RMS norms before attention and before
 # the MLP, and nowhere else; residual connections and logits without a factor; a head without a
-# bias; linears of torch or bitsandbytes' NF4.
-ARCHITECTURES = "llama", "mistral"
+# bias; linears of torch or bitsandbytes' NF4, each with or without one.
+ARCHITECTURES = "llama", "mistral", "qwen2"
 
 def is_covered(
     model, # a transformers model, or a PeftModel of one
@@ -338,7 +346,6 @@ def is_covered(
     if rope in ("dynamic", "longrope"): return False  # their angles depend on the text's length
     linears = [getattr(l, "base_layer", l) for layer in base.model.layers
                for group in input_groups(layer) for l in group]
-    if any(l.bias is not None for l in linears): return False
     # a kernel's program computes 16 outputs or more, all of the same linear
     return all(l.out_features % 16 == 0 for l in linears)
 
