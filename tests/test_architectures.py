@@ -3,58 +3,27 @@ goes the plain way, and the log says so.
 
 The weights are random, those of norms and biases too: a forgotten one is seen.
 """
-import copy
 from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config)
+from transformers import Gemma2Config, GraniteConfig, LlamaConfig, MistralConfig
 
 from dolly_lora.config import PRESETS
 from dolly_lora.data import build_prompt
 from dolly_lora.engine.blocks import is_covered, is_decodable, is_fusable
 from dolly_lora.engine.kernels import Dropout
-from dolly_lora.engine.memory import MemoryPlan
+from dolly_lora.engine.memory import MemoryPlan, plan_memory
 from dolly_lora.engine.packing import PackedModel, pack
 from dolly_lora.engine.step import FusedLlama, make_engine
 from dolly_lora.generate import generate
 from dolly_lora.models import load_tokenizer
-from toys import SHAPE, TINY, adapted, gradients, plain_engine, some
+from toys import (
+    COVERED, GROUPED, ROPE, TINY, adapted, gradients, plain_engine, random_model, some)
 
-# 64 features and four heads: heads of 32 are wider than 64 / 4. With these numbers some wavelengths
-# of the rotation stay as they are under Llama 3's scaling, some are stretched, some lie between.
-GROUPED = SHAPE | dict(num_hidden_layers=3, num_key_value_heads=2)
-ROPE = dict(rope_theta=10_000.0, factor=8.0, original_max_position_embeddings=64)
-LLAMA3 = ROPE | dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)
 TOKENIZER = load_tokenizer(PRESETS["tiny"])
 PROMPTS = [build_prompt(f"Count to {n}." + " Slowly." * n) for n in range(8)]
-SHAPES = {
-    "llama": LlamaConfig(**GROUPED),
-    "llama, one key head, tied": LlamaConfig(**GROUPED | dict(
-        num_key_value_heads=1, tie_word_embeddings=True)),
-    "llama, no groups, wide heads": LlamaConfig(**GROUPED | dict(
-        num_key_value_heads=4, head_dim=32)),
-    "llama 3's rope": LlamaConfig(**GROUPED, rope_parameters=LLAMA3),
-    "linear rope": LlamaConfig(**GROUPED, rope_parameters=ROPE | dict(rope_type="linear")),
-    "yarn": LlamaConfig(**GROUPED, rope_parameters=ROPE | dict(rope_type="yarn")),
-    "mistral": MistralConfig(**GROUPED, head_dim=32, sliding_window=None),
-    "mistral within its window": MistralConfig(**GROUPED, sliding_window=256),
-    "qwen2": Qwen2Config(**GROUPED),
-    "qwen2, tied, its rope stretched": Qwen2Config(
-        **GROUPED, tie_word_embeddings=True, rope_parameters=ROPE | dict(rope_type="yarn")),
-    "biases everywhere": LlamaConfig(**GROUPED, attention_bias=True, mlp_bias=True),
-}
-
-
-def made(config):
-    """A model of random weights, which no norm or bias leaves as they begin."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
-    for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, mean=float("norm" in name), std=0.3 if p.ndim == 1 else 0.2)
-    return model
 
 
 def drop_alike(model, seed, batch):
@@ -83,10 +52,10 @@ def assert_same_gradients(model, ours, theirs):
 
 @pytest.mark.parametrize("rank, dropout, recompute", [
     (4, 0.0, False), (20, 0.0, True), (16, 0.3, False), (4, 0.3, True)])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", COVERED)
 def test_a_step_is_that_of_peft(shape, rank, dropout, recompute):
     recipe = replace(TINY, lora_r=rank, lora_dropout=dropout)
-    models = [adapted(made(SHAPES[shape]), recipe) for _ in range(2)]
+    models = [adapted(random_model(COVERED[shape]), recipe) for _ in range(2)]
     fast = FusedLlama(models[0], MemoryPlan(True, recompute, 1024, longest=256))
     plain = plain_engine(models[1])
     batch, seed = pack(some()), 3 if dropout else None
@@ -99,9 +68,9 @@ def test_a_step_is_that_of_peft(shape, rank, dropout, recompute):
 
 
 @pytest.mark.parametrize("with_adapters", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", COVERED)
 def test_greedy_answers_are_those_of_transformers(shape, with_adapters):
-    model = made(SHAPES[shape])
+    model = random_model(COVERED[shape])
     if with_adapters:
         model = adapted(model)
     assert is_decodable(model, 256)
@@ -109,6 +78,19 @@ def test_greedy_answers_are_those_of_transformers(shape, with_adapters):
     with patch("dolly_lora.generate.is_decodable", return_value=False):
         assert ours == generate(model, TOKENIZER, PROMPTS, 24)
     assert len({a.text for a in ours}) > 3
+
+
+def test_what_a_norm_of_the_heads_keeps_is_planned_for():
+    """Llama's block and Qwen3's of the same shape: what the norm read is kept besides."""
+    budgets = []
+    for shape in LlamaConfig(**GROUPED, head_dim=32), COVERED["qwen3"]:
+        model = adapted(random_model(shape))
+        plan = plan_memory(model, replace(TINY, max_length=64), free=2**30 + 2**27)
+        budgets.append(plan.token_budget)
+    llama, logits = 4 * 64 + 2 * 128 + 2 * 64 + 3 * 96, 2 * 512
+    bytes_of_a_token = [4 * (3 * saved + logits) for saved in (llama, llama + 128 + 64)]
+    expected = bytes_of_a_token[1] / bytes_of_a_token[0]
+    assert budgets[0] / budgets[1] == pytest.approx(expected, rel=1e-3)
 
 
 # ---- what goes the plain way
@@ -125,7 +107,7 @@ PLAIN_WAY = {
 
 @pytest.mark.parametrize("what", PLAIN_WAY)
 def test_anything_else_goes_the_plain_way(what):
-    model = adapted(made(PLAIN_WAY[what]))
+    model = adapted(random_model(PLAIN_WAY[what]))
     assert not (is_covered(model, 256) or is_fusable(model, 256) or is_decodable(model, 256))
     engine = make_engine(model, TINY)
     assert isinstance(engine, PackedModel)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from dolly_lora.engine import kernels
 from dolly_lora.engine.blocks import (FlatParameters, LoRAGroup, Workspace, group_backward,
@@ -15,7 +14,7 @@ from dolly_lora.engine.step import FusedLlama, make_engine
 from dolly_lora.hardware import multiplies_fp8
 from dolly_lora.models import load_base, tiny_model
 from dolly_lora.trainer import collate
-from toys import (SHAPE, TINY, adapted, gradients, needs_gpu, plain_engine, save_small_llama,
+from toys import (TINY, adapted, gradients, needs_gpu, plain_engine, save_small_llama,
                   some)
 
 
@@ -97,12 +96,14 @@ def test_what_is_not_learnt_from_is_exact():
 
 
 def test_in_fp8_the_adapters_read_the_numbers_as_they_are():
-    """Of a group, only the two frozen products differ."""
+    """Of a group, only the two frozen products differ; its biases are added to them."""
     torch.manual_seed(0)
     x, grad, results = torch.randn(50, 64), torch.randn(50, 192), []
     for hold in (LoRAGroup.hold_weight, LoRAGroup.hold_fp8):
         attention = adapted(tiny_model().cpu()).get_base_model().model.layers[0].self_attn
         layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+        for layer in layers[:2]:
+            layer.base_layer.bias = torch.nn.Parameter(torch.full((layer.out_features,), 2.0))
         group = LoRAGroup(layers, 0, Workspace(), kernels.PLAIN)
         hold(group, torch.float32)
         flat = FlatParameters(group.A + group.B)

@@ -1,4 +1,5 @@
 """Small models and examples that the engine's tests share."""
+import copy
 import json
 import random
 from dataclasses import replace
@@ -7,7 +8,8 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config)
 
 from dolly_lora.config import PRESETS
 from dolly_lora.engine.blocks import FlatParameters
@@ -22,6 +24,32 @@ TINY = replace(PRESETS["tiny"], lora_dropout=0.0)
 # the validation split is no multiple of anything
 EPOCH = replace(PRESETS["tiny"], max_steps=0, epochs=1.0, eval_steps=4, logging_steps=1)
 SHAPE = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_attention_heads=4)
+# 64 features and four heads: heads of 32 are wider than 64 / 4. With these numbers some wavelengths
+# of the rotation stay as they are under Llama 3's scaling, some are stretched, some lie between.
+GROUPED = SHAPE | dict(num_hidden_layers=3, num_key_value_heads=2)
+ROPE = dict(rope_theta=10_000.0, factor=8.0)
+LLAMA3 = ROPE | dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0,
+                     original_max_position_embeddings=64)
+YARN = ROPE | dict(rope_type="yarn", original_max_position_embeddings=64)
+COVERED = {  # what the fast way computes
+    "llama": LlamaConfig(**GROUPED),
+    "llama, one key head, tied": LlamaConfig(**GROUPED | dict(
+        num_key_value_heads=1, tie_word_embeddings=True)),
+    "llama, no groups, wide heads": LlamaConfig(**GROUPED | dict(
+        num_key_value_heads=4, head_dim=32)),
+    "llama 3's rope": LlamaConfig(**GROUPED, rope_parameters=LLAMA3),
+    "linear rope": LlamaConfig(**GROUPED, rope_parameters=ROPE | dict(rope_type="linear")),
+    "yarn": LlamaConfig(**GROUPED, rope_parameters=YARN, max_position_embeddings=512),
+    "mistral": MistralConfig(**GROUPED, head_dim=32, sliding_window=None),
+    "mistral within its window": MistralConfig(**GROUPED, sliding_window=256),
+    "qwen2": Qwen2Config(**GROUPED),
+    "qwen2, tied, its rope stretched": Qwen2Config(
+        **GROUPED, tie_word_embeddings=True, rope_parameters=YARN, max_position_embeddings=512),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=32),
+    "qwen3, tied, every bias it can have": Qwen3Config(
+        **GROUPED, head_dim=24, tie_word_embeddings=True, attention_bias=True),
+    "biases everywhere": LlamaConfig(**GROUPED, attention_bias=True, mlp_bias=True),
+}
 needs_gpu = pytest.mark.skipif(not is_ampere(), reason="no GPU of compute capability 8.0")
 
 
@@ -31,6 +59,15 @@ def some(n=6, longest=150, seed=0):
     lengths = [random.randrange(2, longest) for _ in range(n)]
     ids = [[random.randrange(3, 500) for _ in range(m)] for m in lengths]
     return [dict(input_ids=i, labels=[-100] * (len(i) // 3) + i[len(i) // 3:]) for i in ids]
+
+
+def random_model(config):
+    """A model of random weights, which no norm or bias leaves as they begin."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=float("norm" in name), std=0.3 if p.ndim == 1 else 0.2)
+    return model
 
 
 def adapted(model, recipe=TINY):

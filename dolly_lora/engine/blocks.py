@@ -15,9 +15,9 @@ from ..models import attention_obstacle, base_model, head_dim
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'FlatParameters', 'Workspace', 'LoRAGroup', 'LoRAActivations', 'group_forward', 'group_backward',
-           'Block', 'BlockActivations', 'block_activations', 'block_forward', 'deterministic', 'block_backward',
-           'input_groups', 'is_covered', 'is_fusable', 'is_decodable', 'lora_rank', 'llama_blocks', 'hold_weights',
-           'angles_at', 'hidden_states', 'output_logits']
+           'Block', 'BlockActivations', 'rotated_heads', 'block_activations', 'block_forward', 'deterministic',
+           'block_backward', 'input_groups', 'has_head_norms', 'is_covered', 'is_fusable', 'is_decodable', 'lora_rank',
+           'llama_blocks', 'hold_weights', 'angles_at', 'hidden_states', 'output_logits']
 
 # %% ../../nbs/02c_blocks.ipynb #02c006
 class FlatParameters:
@@ -213,6 +213,7 @@ class Block:
     key_heads: int        # of keys and values
     head_dim: int         # numbers in a query or key
     eps: float            # of the norms
+    head_norms: torch.Tensor | None = None # weight of each head's norm [heads + key heads, head_dim]
 
 class BlockActivations(NamedTuple):
     "What a block's backward pass needs, besides what its down projection saves."
@@ -232,8 +233,22 @@ class BlockActivations(NamedTuple):
     gate_up_lora: LoRAActivations
     gate_up: torch.Tensor   # [tokens, 2 × MLP features]
     act: torch.Tensor       # SwiGLU's result [tokens, MLP features]
+    qkv: torch.Tensor | None        # what the norms of the heads read; None: there are none
+    head_scale: torch.Tensor | None # of these norms [tokens, heads + key heads, 1]
 
 # %% ../../nbs/02c_blocks.ipynb #i0206361
+def rotated_heads(
+    block: Block,
+    qkv: torch.Tensor, # [tokens, features], rotated in place unless the heads are normed
+    angles: tuple[torch.Tensor, torch.Tensor], # from `angles_at`
+) -> tuple[torch.Tensor, torch.Tensor | None]: # ([tokens, heads + key heads, head_dim], for backward)
+    "Norm the heads of queries and keys where the model does, and rotate them."
+    ops, heads = block.qkv.ops, block.heads + block.key_heads
+    if block.head_norms is not None:
+        return ops.norm_rotate(qkv, block.head_norms, block.eps, *angles)
+    ops.rotate_(qkv, *angles, heads)
+    return qkv[:, :heads * block.head_dim].unflatten(1, (heads, -1)), None
+
 def block_activations(
     block: Block,
     x: torch.Tensor, # the residual stream [tokens, features]
@@ -247,20 +262,22 @@ def block_activations(
     ops, size = block.qkv.ops, block.head_dim
     normed1, scale1 = ops.rms_norm(x, block.norm1, block.eps)
     qkv, qkv_lora = group_forward(block.qkv, normed1, batch, seed)
-    ops.rotate_(qkv, *angles, block.heads + block.key_heads)
-    parts = qkv.split([block.heads * size, block.key_heads * size, block.key_heads * size], 1)
-    q, k, v = (t.unflatten(1, (-1, size)).detach().requires_grad_(save) for t in parts)
+    qk, head_scale = rotated_heads(block, qkv, angles)
+    v = qkv[:, qk[0].numel():].unflatten(1, (-1, size))
+    parts = *qk.split([block.heads, block.key_heads], 1), v
+    q, k, v = (t.detach().requires_grad_(save) for t in parts)
     with torch.set_grad_enabled(save): attended = attention(block.index, q, k, v)
     joined = attended.detach().flatten(1)
     y, o_lora = group_forward(block.o, joined, batch, seed, residual=x)
-    if not save: del normed1, qkv, parts, q, k, v, attended, joined  # room for the MLP
+    if not save: del normed1, qkv, qk, parts, q, k, v, attended, joined  # room for the MLP
 
     normed2, scale2 = ops.rms_norm(y, block.norm2, block.eps)
     gate_up, gate_up_lora = group_forward(block.gate_up, normed2, batch, seed)
     act = ops.swiglu(gate_up)
     if not save: return y, act, None
     return y, act, BlockActivations(x, normed1, scale1, qkv_lora, q, k, v, attended, joined, o_lora,
-                                    y, normed2, scale2, gate_up_lora, gate_up, act)
+                                    y, normed2, scale2, gate_up_lora, gate_up, act,
+                                    None if head_scale is None else qkv, head_scale)
 
 def block_forward(
     block: Block,
@@ -312,7 +329,9 @@ def block_backward(
     fast = has_varlen(grad.device, grad.dtype, block.head_dim)
     with deterministic() if fast else contextlib.nullcontext():
         grad_qkv = torch.autograd.grad(s.attended, (s.q, s.k, s.v), branch)
-    branch = ops.rotate_backward(*grad_qkv, *angles)
+    if block.head_norms is None: branch = ops.rotate_backward(*grad_qkv, *angles)
+    else: branch = ops.norm_rotate_backward(*grad_qkv, s.qkv, block.head_norms, s.head_scale,
+                                            *angles)
     branch = group_backward(block.qkv, branch, s.normed1, s.qkv_lora, needs_input_grad)
     if not needs_input_grad: return None
     return ops.rms_norm_backward(branch, s.x, block.norm1, s.scale1, grad)
@@ -327,10 +346,17 @@ def input_groups(
             [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
 
 # Model types whose blocks are computed here. What each is trusted to be: causal attention with
-# scores scaled by 1 / sqrt(head_dim) and whole heads rotated; RMS norms before attention and before
-# the MLP, and nowhere else; residual connections and logits without a factor; a head without a
-# bias; linears of torch or bitsandbytes' NF4, each with or without one.
-ARCHITECTURES = "llama", "mistral", "qwen2"
+# scores scaled by 1 / sqrt(head_dim) and whole heads rotated; RMS norms before attention, before
+# the MLP, perhaps on each head of queries and keys (`q_norm`, `k_norm`), and nowhere else; residual
+# connections and logits without a factor; no bias at the head; linears of torch or bitsandbytes'
+# NF4, with or without a bias.
+ARCHITECTURES = "llama", "mistral", "qwen2", "qwen3"
+
+def has_head_norms(
+    layer, # a decoder layer
+) -> bool:
+    "Are queries and keys normed, each head by itself, before they are rotated?"
+    return hasattr(layer.self_attn, "q_norm") and hasattr(layer.self_attn, "k_norm")
 
 def is_covered(
     model, # a transformers model, or a PeftModel of one
@@ -394,8 +420,15 @@ def llama_blocks(
                   for linears, first, space in zip(input_groups(layer), (0, 3, 4, 6), spaces)]
         blocks.append(Block(i, layer.input_layernorm.weight, layer.post_attention_layernorm.weight,
                             *groups, config.num_attention_heads, config.num_key_value_heads,
-                            head_dim(config), config.rms_norm_eps))
+                            head_dim(config), config.rms_norm_eps, _head_norms(layer, config)))
     return blocks, [g for b in blocks for g in (b.qkv, b.o, b.gate_up, b.down)]
+
+def _head_norms(layer, config): # a weight for each head of queries and keys
+    if not has_head_norms(layer): return None
+    attention = layer.self_attn
+    norms = [(attention.q_norm, config.num_attention_heads),
+             (attention.k_norm, config.num_key_value_heads)]
+    return torch.cat([norm.weight.detach().expand(heads, -1) for norm, heads in norms])
 
 # %% ../../nbs/02c_blocks.ipynb #i7153817
 def hold_weights(

@@ -16,8 +16,9 @@ except ImportError: triton = tl = None
 
 # %% auto #0
 __all__ = ['KINDS', 'PLAIN', 'TRITON', 'MAX_RANK', 'plot_ablation', 'jit', 'next_power_of_2', 'rms_norm', 'rms_norm_backward',
-           'rotate_', 'rotate_backward', 'swiglu', 'swiglu_backward', 'Dropout', 'lora_down', 'lora_up_', 'lora_grad_',
-           'cross_entropy_', 'quantise_rows', 'fp8_product', 'Operations', 'operations']
+           'rotate_', 'rotate_backward', 'norm_rotate', 'norm_rotate_backward', 'swiglu', 'swiglu_backward', 'Dropout',
+           'lora_down', 'lora_up_', 'lora_grad_', 'cross_entropy_', 'quantise_rows', 'fp8_product', 'Operations',
+           'operations']
 
 # %% ../../nbs/02b_kernels.ipynb #02b006
 KINDS = {"matrix products": "#4477aa", "attention": "#66ccee", "LoRA": "#228833",
@@ -187,6 +188,95 @@ def _rotate_backward_triton(dq, dk, dv, cos, sin):
     _rotate_into(q, parts[0], cos, sin, dq.shape[1], -1.0)
     _rotate_into(k, parts[1], cos, sin, dk.shape[1], -1.0)
     parts[2].copy_(v)
+    return out
+
+# %% ../../nbs/02b_kernels.ipynb #c4def001
+def norm_rotate(
+    qkv: torch.Tensor, # [tokens, features]; its first heads are queries, then keys
+    w: torch.Tensor,   # the norm's weight in each of these heads [heads, head_dim]
+    eps: float,        # of the norm
+    cos: torch.Tensor, # as in `rotate_`
+    sin: torch.Tensor, # as in `rotate_`
+): # (rotated heads [tokens, heads, head_dim], 1 / rms: float32 [tokens, heads, 1])
+    "Norm each head of queries and keys, then rotate it."
+    normed, scale = rms_norm(qkv[:, :w.numel()].unflatten(1, w.shape), w, eps)
+    return _rotated(normed, cos, sin), scale
+
+def norm_rotate_backward(
+    dq: torch.Tensor,  # as in `rotate_backward`
+    dk: torch.Tensor,  # as in `rotate_backward`
+    dv: torch.Tensor,  # as in `rotate_backward`
+    qkv: torch.Tensor, # as in `norm_rotate`
+    w: torch.Tensor,   # as in `norm_rotate`
+    scale: torch.Tensor, # the second result of `norm_rotate`
+    cos: torch.Tensor, # as in `rotate_`
+    sin: torch.Tensor, # as in `rotate_`
+) -> torch.Tensor: # gradient of qkv [tokens, features]
+    "Rotate the gradients of queries and keys back, and take them through the norm."
+    g = _rotated(torch.cat([dq, dk], 1), cos, -sin)
+    x = qkv[:, :w.numel()].unflatten(1, w.shape)
+    back = rms_norm_backward(g, x, w, scale, torch.zeros_like(g))
+    return torch.cat([back.flatten(1), dv.flatten(1)], 1)
+
+# %% ../../nbs/02b_kernels.ipynb #aa89b7a6
+@jit
+def _norm_rotate(src, w, dst, scale, cos, sin, eps, stride, heads, D, BD: tl.constexpr,
+                 BH: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)[:, None]
+    d = tl.arange(0, BD)[None, :]
+    ok = (h < heads) & (d < D)
+    at, i = h * 2 * D + d, src + t * stride + h * 2 * D + d
+    a, b = tl.load(i, ok, 0).to(tl.float32), tl.load(i + D, ok, 0).to(tl.float32)
+    r = tl.rsqrt(tl.sum(a * a + b * b, 1)[:, None] / (2 * D) + eps)
+    kind = dst.dtype.element_ty
+    a = ((a * r).to(kind) * tl.load(w + at, ok, 0)).to(kind).to(tl.float32)
+    b = ((b * r).to(kind) * tl.load(w + at + D, ok, 0)).to(kind).to(tl.float32)
+    c, s = tl.load(cos + t * D + d, d < D, 0), tl.load(sin + t * D + d, d < D, 0)
+    o = dst + t * heads * 2 * D + at
+    tl.store(o, a * c - b * s, ok)
+    tl.store(o + D, b * c + a * s, ok)
+    tl.store(scale + t * heads + h, r, h < heads)
+
+@jit
+def _norm_rotate_backward(g, x, w, scale, dst, cos, sin, stride_g, stride_x, all_heads, heads, first,
+                          D, BD: tl.constexpr, BH: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)[:, None]
+    d = tl.arange(0, BD)[None, :]
+    ok = (h < heads) & (d < D)
+    at = (first + h) * 2 * D + d  # the head's place in qkv
+    i = g + t * stride_g + h * 2 * D + d
+    a, b = tl.load(i, ok, 0).to(tl.float32), tl.load(i + D, ok, 0).to(tl.float32)
+    c, s = tl.load(cos + t * D + d, d < D, 0), tl.load(sin + t * D + d, d < D, 0)
+    ga = (a * c + b * s) * tl.load(w + at, ok, 0).to(tl.float32)
+    gb = (b * c - a * s) * tl.load(w + at + D, ok, 0).to(tl.float32)
+    r = tl.load(scale + t * all_heads + first + h, h < heads, 0)
+    i = x + t * stride_x + at
+    ua, ub = tl.load(i, ok, 0).to(tl.float32) * r, tl.load(i + D, ok, 0).to(tl.float32) * r
+    mean = tl.sum(ga * ua + gb * ub, 1)[:, None] / (2 * D)
+    o = dst + t * stride_x + at
+    tl.store(o, r * (ga - ua * mean), ok)
+    tl.store(o + D, r * (gb - ub * mean), ok)
+
+# %% ../../nbs/02b_kernels.ipynb #a402f155
+def _norm_rotate_triton(qkv, w, eps, cos, sin):
+    N, heads, half = len(qkv), len(w), cos.shape[1]
+    out = torch.empty(N, *w.shape, dtype=qkv.dtype, device=qkv.device)
+    scale = torch.empty(N, heads, 1, dtype=torch.float32, device=qkv.device)
+    _norm_rotate[(N, _cdiv(heads, 8))](qkv, w, out, scale, cos, sin, eps, qkv.stride(0), heads,
+                                       half, BD=next_power_of_2(half), BH=8)
+    return out, scale
+
+def _norm_rotate_backward_triton(dq, dk, dv, qkv, w, scale, cos, sin):
+    out, half, first = torch.empty_like(qkv), cos.shape[1], 0
+    for g in (dq, dk):
+        g, heads = g.flatten(1), g.shape[1]
+        _norm_rotate_backward[(len(g), _cdiv(heads, 8))](
+            g, qkv, w, scale, out, cos, sin, g.stride(0), qkv.stride(0), len(w), heads, first, half,
+            BD=next_power_of_2(half), BH=8)
+        first += heads
+    out[:, w.numel():] = dv.flatten(1)
     return out
 
 # %% ../../nbs/02b_kernels.ipynb #02b027
@@ -577,6 +667,8 @@ class Operations:
     rms_norm_backward: Callable
     rotate_: Callable
     rotate_backward: Callable
+    norm_rotate: Callable
+    norm_rotate_backward: Callable
     swiglu: Callable
     swiglu_backward: Callable
     lora_down: Callable
@@ -587,14 +679,16 @@ class Operations:
 
 PLAIN = Operations(
     name="PyTorch", fused=False, rms_norm=rms_norm, rms_norm_backward=rms_norm_backward,
-    rotate_=rotate_, rotate_backward=rotate_backward, swiglu=swiglu,
+    rotate_=rotate_, rotate_backward=rotate_backward, norm_rotate=norm_rotate,
+    norm_rotate_backward=norm_rotate_backward, swiglu=swiglu,
     swiglu_backward=swiglu_backward, lora_down=lora_down, lora_up_=lora_up_,
     lora_grad_=lora_grad_, cross_entropy_=cross_entropy_, quantise_rows=quantise_rows)
 TRITON = Operations(
     name="Triton", fused=True, rms_norm=_rms_norm_triton,
     rms_norm_backward=_rms_norm_backward_triton,
-    rotate_=_rotate_triton, rotate_backward=_rotate_backward_triton, swiglu=_swiglu_triton,
-    swiglu_backward=_swiglu_backward_triton, lora_down=_lora_down_triton, lora_up_=_lora_up_triton,
+    rotate_=_rotate_triton, rotate_backward=_rotate_backward_triton,
+    norm_rotate=_norm_rotate_triton, norm_rotate_backward=_norm_rotate_backward_triton,
+    swiglu=_swiglu_triton, swiglu_backward=_swiglu_backward_triton, lora_down=_lora_down_triton, lora_up_=_lora_up_triton,
     lora_grad_=_lora_grad_triton, cross_entropy_=_cross_entropy_triton,
     quantise_rows=_quantise_rows_triton)
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from dataclasses import dataclass
 from ..config import DollyError, Recipe
-from .blocks import is_fusable, lora_rank
+from .blocks import has_head_norms, is_fusable, lora_rank
 from .kernels import operations
 from ..hardware import free_memory
 from ..models import linear_shapes
@@ -54,12 +54,13 @@ def plan_memory(
     room = 0.9 * free - 16 * trainable - 2**30  # weight, gradient and two moments in float32
 
     # what a block's weights take dequantised, and what a token's activations take in all blocks
-    config, width = (model.get_base_model().config,
-                     model.get_base_model().lm_head.weight.element_size())
+    base = model.get_base_model()
+    config, width = base.config, base.lm_head.weight.element_size()
     shapes, layers = linear_shapes(config), config.num_hidden_layers
     block = sum(inputs * outputs for inputs, outputs in shapes.values()) * width
     queries, keys = shapes["q_proj"][1], shapes["k_proj"][1]
     saved = 4 * config.hidden_size + 2 * queries + 2 * keys + 3 * config.intermediate_size
+    if fused and has_head_norms(base.model.layers[0]): saved += queries + keys  # what they read
     token = (layers * saved + 2 * config.vocab_size) * width
 
     for keep in (True, False) if fused else (False,):
