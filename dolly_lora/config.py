@@ -136,15 +136,24 @@ PRESETS = {  # name -> Recipe
                       generation_batch_size=512),
     "llama2": Recipe(preset="llama2", generation_batch_size=128),
     "llama2-t4": Recipe(preset="llama2-t4", max_length=512, eval_steps=100, test_answers=200,
-                        max_new_tokens=256, benchmark_tokens=512, generation_batch_size=8)}
+                        max_new_tokens=256, benchmark_tokens=512, generation_batch_size=8),
+    "qwen": Recipe(preset="qwen", base="Qwen/Qwen2.5-1.5B", max_length=512,
+                   revision="8faed761d45a263340a0528343f099c05c9a4323", eval_steps=200,
+                   test_answers=200, max_new_tokens=256, benchmark_tokens=512,
+                   generation_batch_size=32)}
 
 MODEL_NAMES = {  # base -> its name for people
     "smollm2": "SmolLM2-135M-Instruct",
     "tiny": "a random two-layer Llama",
     "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B",
+    "Qwen/Qwen2.5-1.5B": "Qwen2.5-1.5B",
     "random-7b": "LLaMA-2-7B's shape, random weights",
     "random-13b": "LLaMA-2-13B's shape, random weights",
-    "random-70b": "LLaMA-2-70B's shape, random weights"}
+    "random-70b": "LLaMA-2-70B's shape, random weights",
+    "random-qwen2.5-7b": "Qwen2.5-7B's shape, random weights",
+    "random-mistral-7b": "Mistral-7B's shape, random weights",
+    "random-llama3.1-8b": "Llama-3.1-8B's shape, random weights",
+    "random-qwen3-8b": "Qwen3-8B's shape, random weights"}
 
 # %% ../nbs/00_config.ipynb #redact01
 def login_forms(

@@ -17,8 +17,8 @@ from .hardware import compute_dtype, device
 # %% auto #0
 __all__ = ['TARGET_MODULES', 'RANDOM_SHAPES', 'QUESTION_TOKENS', 'ModelError', 'head_dim', 'linear_shapes', 'quantization_config',
            'tiny_tokenizer', 'tiny_model', 'is_whole', 'convert_smollm2', 'packaged_smollm2', 'explain_hub_error',
-           'locate_base', 'random_config', 'require_gpu', 'random_llama', 'explain_unreadable', 'turn_end',
-           'load_tokenizer', 'load_base', 'lora_parameter_count', 'lora_config', 'add_lora', 'base_model',
+           'locate_base', 'random_config', 'require_gpu', 'in_nf4', 'random_llama', 'explain_unreadable', 'turn_end',
+           'pad_tokens', 'load_tokenizer', 'load_base', 'lora_parameter_count', 'lora_config', 'add_lora', 'base_model',
            'attention_obstacle', 'weights_obstacle', 'room_needed', 'room_obstacle', 'has_safetensors', 'check_base',
            'weights_fingerprint', 'keep_small_weights', 'load_tuned']
 
@@ -197,47 +197,81 @@ def locate_base(
     return base
 
 # %% ../nbs/00a_models.ipynb #i1668190
-RANDOM_SHAPES = {  # base -> how the shape differs from LLaMA-2-7B's
+RANDOM_SHAPES = {  # base -> how its config differs from LLaMA-2-7B's, or from its own type's
     "random-7b": {},
     "random-13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
                        num_attention_heads=40),
     "random-70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-                       num_attention_heads=64, num_key_value_heads=8)}
+                       num_attention_heads=64, num_key_value_heads=8),
+    "random-qwen2.5-7b": dict(
+        model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+        num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, rms_norm_eps=1e-6,
+        max_position_embeddings=131072, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    "random-mistral-7b": dict(
+        model_type="mistral", vocab_size=32768, intermediate_size=14336, num_key_value_heads=8,
+        rms_norm_eps=1e-5, max_position_embeddings=32768, sliding_window=None,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    "random-llama3.1-8b": dict(
+        vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, rms_norm_eps=1e-5,
+        max_position_embeddings=131072, rope_parameters=dict(
+            rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0,
+            high_freq_factor=4.0, original_max_position_embeddings=8192)),
+    "random-qwen3-8b": dict(
+        model_type="qwen3", vocab_size=151936, intermediate_size=12288, num_hidden_layers=36,
+        num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, max_position_embeddings=40960,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6))}
 
 def random_config(
     base: str, # a key of `RANDOM_SHAPES`
-): # a LlamaConfig
-    "The shape of a LLaMA-2."
-    from transformers import LlamaConfig
-    return LlamaConfig(max_position_embeddings=4096, **RANDOM_SHAPES[base])
+): # a config of its model type
+    "The published shape of a model."
+    from transformers import AutoConfig
+    usual = dict(model_type="llama", max_position_embeddings=4096)
+    return AutoConfig.for_model(**usual | RANDOM_SHAPES[base])
 
 def require_gpu(): # `ModelError` without one
     "What these models ask first."
     if not torch.cuda.is_available():
-        raise ModelError("random-7b, random-13b and random-70b want a GPU: "
-                         "use base=tiny or base=smollm2 on a CPU")
+        *names, last = RANDOM_SHAPES
+        raise ModelError(f"{', '.join(names)} and {last} want a GPU: "
+                         f"use base=tiny or base=smollm2 on a CPU")
+
+def in_nf4(
+    linear,               # a `torch.nn.Linear`, its bias on `device()` if it has one
+    values: torch.Tensor, # its weight in the computing precision, on `device()`
+): # a `Linear4bit` there
+    "A linear as `load_base` would load it."
+    import bitsandbytes as bnb
+    packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False,
+                               compute_dtype=compute_dtype(), quant_type="nf4",
+                               compress_statistics=True, device="meta")
+    packed.weight = bnb.nn.Params4bit(values, requires_grad=False, quant_type="nf4",
+                                      compress_statistics=True, module=packed)
+    packed.bias = linear.bias
+    return packed.to(device())
 
 def random_llama(
-    config,            # a LlamaConfig
+    config,            # from `random_config`, or another one of a Llama or its kin
     four: bool = True, # in NF4, else in the computing precision
-): # LlamaForCausalLM on `device()`
-    "A Llama with random weights, always the same ones."
-    import bitsandbytes as bnb
-    from transformers import LlamaForCausalLM
-    with torch.device("meta"): model = LlamaForCausalLM(config)
+): # a causal language model on `device()`
+    "A model with random weights and biases, always the same ones; its norms are ones."
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator(device()).manual_seed(0)
+
+    def fixed(parameter, random):
+        values = torch.ones(parameter.shape, dtype=compute_dtype(), device=device())
+        if random: values.normal_(0, config.initializer_range, generator=generator)
+        return torch.nn.Parameter(values, requires_grad=False)
+
     for name, module in list(model.named_modules()):
         if getattr(module, "weight", None) is None: continue
-        values = torch.ones(module.weight.shape, dtype=compute_dtype(), device=device())
-        if values.dim() == 2: values.normal_(0, config.initializer_range, generator=generator)
+        weight = fixed(module.weight, random=module.weight.dim() == 2)
+        if getattr(module, "bias", None) is not None: module.bias = fixed(module.bias, random=True)
         if four and name.rpartition(".")[2] in TARGET_MODULES:
-            packed = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False,
-                                       compute_dtype=compute_dtype(), quant_type="nf4",
-                                       compress_statistics=True, device="meta")
-            packed.weight = bnb.nn.Params4bit(values, requires_grad=False, quant_type="nf4",
-                                              compress_statistics=True, module=packed)
-            model.set_submodule(name, packed.to(device()))
-        else: module.weight = torch.nn.Parameter(values, requires_grad=False)
+            model.set_submodule(name, in_nf4(module, weight.data))
+        else: module.weight = weight
+    if config.tie_word_embeddings: model.tie_weights()
     # its frequencies in float32, as a loaded model has them
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device())
     model.is_loaded_in_4bit = four
@@ -279,9 +313,23 @@ def turn_end(
     return max((token for token in special if after.startswith(token)), key=len, default=None)
 
 # %% ../nbs/00a_models.ipynb #249bafa1
+def pad_tokens(
+    tok, # a tokenizer
+) -> list[str]: # the best first: `unk`, one called pad, a reserved one, any other
+    "The special tokens that can be the padding: neither the end nor the start."
+    added = [t.content for t in tok.added_tokens_decoder.values() if t.special]
+    special = dict.fromkeys([*tok.all_special_tokens, *added])
+
+    def rank(token):
+        if token == tok.unk_token: return 0
+        if "pad" in token.lower(): return 1
+        return 2 if "reserved" in token.lower() else 3
+
+    return sorted((t for t in special if t not in (tok.eos_token, tok.bos_token)), key=rank)
+
 def load_tokenizer(
     recipe: Recipe, # its `base` decides
-): # a fast tokenizer, padding on the left; `ModelError` without an end and another pad token
+): # a fast tokenizer, padding on the left; `ModelError` without an end and another token to pad
     "The base model's tokenizer, with a pad token that is not the end token."
     from transformers import AutoTokenizer
     in_chat = recipe.template == "chat"
@@ -303,10 +351,11 @@ def load_tokenizer(
         raise ModelError(f"{recipe.base}: its tokenizer has no end token, without which no model "
                          f"learns to stop")
     if tok.pad_token_id in (None, tok.eos_token_id):
-        tok.pad_token = tok.unk_token
+        tok.pad_token = next(iter(pad_tokens(tok)), None)
     if tok.pad_token_id in (None, tok.eos_token_id):
-        raise ModelError(f"{recipe.base}: its tokenizer has no pad token besides the end token; "
-                         f"with those the same a model never learns to stop")
+        raise ModelError(f"{recipe.base}: its tokenizer has no special token to pad with besides "
+                         f"end and start; with end and padding the same a model never learns to "
+                         f"stop")
     tok.padding_side = "left"
     tok.clean_up_tokenization_spaces = False  # BPE decodes exactly; transformers warns of True
     return tok

@@ -482,7 +482,7 @@ def test_a_config_of_no_causal_language_model_is_found_before_the_work(local, co
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for random-7b")
 def test_a_judge_that_wants_a_gpu_is_found_before_the_work():
-    refused("local:random-7b", "random-70b want a GPU")
+    refused("local:random-7b", "random-qwen3-8b want a GPU")
 
 
 HUB = """

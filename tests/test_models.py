@@ -12,19 +12,25 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, Gemma2Config, GPT2Config, LlamaConfig
-from transformers import MistralConfig, MixtralConfig, Phi3Config
+from transformers import MistralConfig, MixtralConfig, Phi3Config, PreTrainedTokenizerFast
 from transformers import Qwen2Config, Qwen3Config, T5Config
 
 from conftest import ROOT
 from dolly_lora import models
-from dolly_lora.config import PRESETS
+from dolly_lora.config import MODEL_NAMES, PRESETS
+from dolly_lora.engine.memory import MemoryPlan
+from dolly_lora.engine.packing import pack
+from dolly_lora.engine.step import FusedLlama
 from dolly_lora.models import RANDOM_SHAPES, ModelError, add_lora, check_base, device, load_base
-from dolly_lora.models import load_tokenizer, load_tuned, lora_parameter_count, packaged_smollm2
+from dolly_lora.models import keep_small_weights, load_tokenizer, load_tuned
+from dolly_lora.models import lora_parameter_count, packaged_smollm2
 from dolly_lora.models import random_config, random_llama, tiny_model, tiny_tokenizer
 from dolly_lora.train import train
+from toys import needs_gpu
 
 SHAPE = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
@@ -66,19 +72,25 @@ def test_llama2_has_room_for_its_presets(preset, base):
     check_base(replace(PRESETS[preset], base=base))
 
 
-def test_the_shapes_of_random_weights_are_llama2s():
+def test_the_shapes_of_random_weights_are_the_published_ones():
     """The number of parameters of the published models."""
     published = {"random-7b": 6_738_415_616, "random-13b": 13_015_864_320,
-                 "random-70b": 68_976_648_192}
+                 "random-70b": 68_976_648_192, "random-qwen2.5-7b": 7_615_616_512,
+                 "random-mistral-7b": 7_248_023_552, "random-llama3.1-8b": 8_030_261_248,
+                 "random-qwen3-8b": 8_190_735_360}
+    assert published.keys() == RANDOM_SHAPES.keys() == {
+        name for name in MODEL_NAMES if name.startswith("random-")}
     for base, number in published.items():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(random_config(base))
         assert sum(p.numel() for p in model.parameters()) == number
 
 
-def test_random_weights_are_always_the_same():
+@pytest.mark.parametrize("config", [LlamaConfig(**SHAPE), Qwen2Config(**SHAPE),
+                                    Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True)],
+                         ids=["llama", "qwen2", "qwen3, tied"])
+def test_random_weights_are_always_the_same(config):
     """Each process makes its own model, and all must train the same one."""
-    config = LlamaConfig(**SHAPE)
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
@@ -86,10 +98,14 @@ def test_random_weights_are_always_the_same():
     assert torch.rand(1) == expected  # nobody else's random numbers were taken
     for (name, p), q in zip(model.named_parameters(), same.parameters()):
         assert p.equal(q) and not p.requires_grad
-        if p.dim() == 1:
+        if "norm" in name:
             assert p.eq(1).all(), name
+        elif p.dim() == 1:
+            assert 0.01 < float(p.float().std()) < 0.03, name
         else:
             assert float(p.float().std()) == pytest.approx(0.02, rel=0.05), name
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert tied == config.tie_word_embeddings
     matrices = [p for p in model.parameters() if p.dim() == 2]
     assert not any(p.equal(q) for p, q in zip(matrices, matrices[1:]) if p.shape == q.shape)
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -109,6 +125,42 @@ def test_random_weights_in_nf4_are_the_same_ones():
         wanted = whole.get_submodule(name).weight
         assert float((values - wanted).norm() / wanted.norm()) < 0.15, name
     assert packed.lm_head.weight.equal(whole.lm_head.weight)
+
+
+IDS = torch.arange(3, 40, device=device())
+
+
+def nf4_with_biases():
+    """A Qwen2 in NF4 with adapters, the same at every call. One that has answered on a CPU has
+    packed its weights anew, so each is asked in one way only."""
+    model = add_lora(random_llama(Qwen2Config(**SHAPE), four=True), TINY).eval()
+    for name, p in model.named_parameters():
+        if "bias" in name or "lora_B" in name:
+            torch.nn.init.normal_(p.data, std=0.1)
+    return model
+
+
+def assert_near(logits):
+    """To what transformers, PEFT and bitsandbytes compute."""
+    expected = nf4_with_biases()(IDS[None]).logits[0].detach().float()
+    assert (logits.float() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_small_nf4_base_that_is_dequantised_keeps_its_biases():
+    model = nf4_with_biases()
+    biases = {n: p.clone() for n, p in model.named_parameters() if "bias" in n}
+    keep_small_weights(model)
+    assert_near(model(IDS[None]).logits[0].detach())
+    kept = {n: p for n, p in model.named_parameters() if "bias" in n}
+    assert len(biases) == 6 and biases.keys() == kept.keys()
+    assert all(biases[n].equal(kept[n]) for n in biases)
+
+
+@needs_gpu
+@pytest.mark.parametrize("keep", [True, False])
+def test_gpu_biases_of_an_nf4_base_are_added(keep):
+    engine = FusedLlama(nf4_with_biases(), MemoryPlan(keep, not keep, 1024))
+    assert_near(engine.logits(pack([dict(input_ids=IDS.tolist(), labels=IDS.tolist())])))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a card's memory")
@@ -208,6 +260,43 @@ def test_a_base_that_cannot_be_trained_is_told_by_its_config(why, tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(ModelError, match=why):     # before any weight is read
         train(recipe, tmp_path / "run")
+
+
+# ---- what pads
+
+
+SPECIAL = {  # as published: (tokens, named ones, the token to pad with)
+    "llama 2": (["<unk>", "<s>", "</s>"], dict(unk_token="<unk>", bos_token="<s>"), "<unk>"),
+    "llama 3": (["<|begin|>", "</s>", "<|reserved_0|>", "<|finetune_right_pad_id|>", "<|eom|>"],
+                dict(bos_token="<|begin|>"), "<|finetune_right_pad_id|>"),
+    "llama 3 before 3.1": (["<|begin|>", "<|eom|>", "</s>", "<|reserved_0|>"],
+                           dict(bos_token="<|begin|>"), "<|reserved_0|>"),
+    "qwen2.5": (["</s>", "<|im_start|>", "<|vision_pad|>"], dict(pad_token="</s>"),
+                "<|vision_pad|>"),
+    "its own": (["<unk>", "</s>", "<pad>"], dict(unk_token="<unk>", pad_token="<pad>"), "<pad>"),
+    "any": (["<s>", "</s>", "<|im_start|>"], dict(bos_token="<s>"), "<|im_start|>"),
+    "none": (["<s>", "</s>"], dict(bos_token="<s>"), None),
+    "none but the end": (["<s>", "</s>"], dict(bos_token="<s>", pad_token="</s>"), None),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_a_special_token_that_is_neither_end_nor_start_pads(kind, tmp_path):
+    tokens, named, expected = SPECIAL[kind]
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate("ab")}, []))
+    tok.add_special_tokens(tokens)
+    PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="</s>",
+                            **named).save_pretrained(tmp_path)
+    LlamaConfig(**SHAPE).save_pretrained(tmp_path)
+    recipe = replace(TINY, base=str(tmp_path))
+    if expected is None:
+        with pytest.raises(ModelError, match="no special token to pad with besides end and start"):
+            load_tokenizer(recipe)
+        return
+    loaded = load_tokenizer(recipe)
+    assert loaded.pad_token == expected and loaded.eos_token == "</s>"
+    assert loaded.pad_token_id == tok.token_to_id(expected)
+    assert loaded.pad(dict(input_ids=[[0], [0, 1]])).input_ids[0] == [loaded.pad_token_id, 0]
 
 
 # ---- what is read of a folder that came from elsewhere

@@ -213,7 +213,7 @@ class Block:
     key_heads: int        # of keys and values
     head_dim: int         # numbers in a query or key
     eps: float            # of the norms
-    head_norms: torch.Tensor | None = None # weight of each head's norm [heads + key heads, head_dim]
+    head_norms: torch.Tensor | None = None # weights [heads + key heads, head_dim] of their norms
 
 class BlockActivations(NamedTuple):
     "What a block's backward pass needs, besides what its down projection saves."
@@ -241,7 +241,7 @@ def rotated_heads(
     block: Block,
     qkv: torch.Tensor, # [tokens, features], rotated in place unless the heads are normed
     angles: tuple[torch.Tensor, torch.Tensor], # from `angles_at`
-) -> tuple[torch.Tensor, torch.Tensor | None]: # ([tokens, heads + key heads, head_dim], for backward)
+) -> tuple[torch.Tensor, torch.Tensor | None]: # (like `qkv`, but [tokens, heads, head_dim]; scale)
     "Norm the heads of queries and keys where the model does, and rotate them."
     ops, heads = block.qkv.ops, block.heads + block.key_heads
     if block.head_norms is not None:

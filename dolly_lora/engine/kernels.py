@@ -239,8 +239,8 @@ def _norm_rotate(src, w, dst, scale, cos, sin, eps, stride, heads, D, BD: tl.con
     tl.store(scale + t * heads + h, r, h < heads)
 
 @jit
-def _norm_rotate_backward(g, x, w, scale, dst, cos, sin, stride_g, stride_x, all_heads, heads, first,
-                          D, BD: tl.constexpr, BH: tl.constexpr):
+def _norm_rotate_backward(g, x, w, scale, dst, cos, sin, stride_g, stride_x, all_heads, heads,
+                          first, D, BD: tl.constexpr, BH: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)[:, None]
     d = tl.arange(0, BD)[None, :]
@@ -688,8 +688,9 @@ TRITON = Operations(
     rms_norm_backward=_rms_norm_backward_triton,
     rotate_=_rotate_triton, rotate_backward=_rotate_backward_triton,
     norm_rotate=_norm_rotate_triton, norm_rotate_backward=_norm_rotate_backward_triton,
-    swiglu=_swiglu_triton, swiglu_backward=_swiglu_backward_triton, lora_down=_lora_down_triton, lora_up_=_lora_up_triton,
-    lora_grad_=_lora_grad_triton, cross_entropy_=_cross_entropy_triton,
+    swiglu=_swiglu_triton, swiglu_backward=_swiglu_backward_triton,
+    lora_down=_lora_down_triton, lora_up_=_lora_up_triton, lora_grad_=_lora_grad_triton,
+    cross_entropy_=_cross_entropy_triton,
     quantise_rows=_quantise_rows_triton)
 
 # the kernels keep the whole rank in a tile: at 256 the three tiles that `_down` loads ahead

@@ -26,8 +26,8 @@ class Reader:
         keep_weights: bool = True, # hold NF4 weights dequantised, rather than at every use?
     ):
         if not is_decodable(model, longest):
-            raise DollyError(f"a Reader computes {', '.join(ARCHITECTURES)} without adapters, or with "
-                             f"one plain LoRA adapter on all linears, for texts of up to "
+            raise DollyError(f"a Reader computes {', '.join(ARCHITECTURES)} without adapters, or "
+                             f"with one plain LoRA adapter on all linears, for texts of up to "
                              f"{longest:,} tokens, and this model is something else: `generate` "
                              f"and `next_logits` find the way for it")
         self.base = base_model(model)

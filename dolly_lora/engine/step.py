@@ -63,10 +63,10 @@ class FusedLlama:
         ops: Operations | None = None, # default: what the device can run
     ):
         if not is_fusable(model, plan.longest):
-            raise DollyError(f"FusedLlama computes one plain LoRA adapter on all linears of a model "
-                             f"of type {', '.join(ARCHITECTURES)}, for examples of up to "
-                             f"{plan.longest:,} tokens, and this model is something else: "
-                             f"`make_engine` finds the engine for it")
+            raise DollyError(f"FusedLlama computes {', '.join(ARCHITECTURES)} with one plain LoRA "
+                             f"adapter on all linears, for examples of up to {plan.longest:,} "
+                             f"tokens, and this model is something else: `make_engine` finds the "
+                             f"engine for it")
         self.base, self.plan, self.device = model.get_base_model(), plan, model.device
         self.dtype = self.base.lm_head.weight.dtype
         self.ops = ops or operations(self.device, lora_rank(model))
