@@ -20,7 +20,8 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from .config import DollyError, Recipe, require_tracker, short_path
-from .engine.packing import pack, share_out
+from .engine.blocks import ARCHITECTURES
+from .engine.packing import pack, PackedModel, share_out
 from .engine.step import make_engine
 from .figures import escape_text
 from .files import read_json, write_text
@@ -526,6 +527,9 @@ def build_trainer(
     attention = "over whole rows (varlen)" if engine.varlen else "example by example (sdpa)"
     log(str(engine.plan))
     log(f"{type(engine).__name__}, attention {attention}")
+    if isinstance(engine, PackedModel):
+        log(f"the plain way, by transformers and PEFT: the fast step is for "
+            f"{', '.join(ARCHITECTURES)} with plain LoRA adapters and no window below max_length")
     return trainer
 
 # %% ../nbs/02e_trainer.ipynb #2dc5f293

@@ -15,9 +15,9 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, Gemma2Config, GPT2Config, LlamaConfig
-from transformers import MistralConfig, MixtralConfig, Phi3Config, PreTrainedTokenizerFast
-from transformers import Qwen2Config, Qwen3Config, T5Config
+from transformers import AutoModelForCausalLM, BertConfig, Gemma2Config, GPT2Config, GraniteConfig
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Phi3Config
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, T5Config
 
 from conftest import ROOT
 from dolly_lora import models
@@ -223,12 +223,18 @@ def test_a_hub_model_without_safetensors_is_told_before_anything_is_loaded():
     MistralConfig(**SHAPE, sliding_window=None),
     MistralConfig(**SHAPE, sliding_window=256),
     Qwen2Config(**SHAPE),
-    Qwen3Config(**SHAPE, head_dim=32)],
-    ids=["llama", "llama with wide heads", "mistral", "mistral with a window", "qwen2", "qwen3"])
+    Qwen3Config(**SHAPE, head_dim=32),
+    GraniteConfig(**SHAPE)],
+    ids=["llama", "llama with wide heads", "mistral", "mistral with a window", "qwen2", "qwen3",
+         "granite"])
 def test_a_base_of_the_llama_kind_is_trained(config, tmp_path):
     recipe = base_of(config, tmp_path / "base")
     check_base(recipe)
-    history = train(recipe, tmp_path / "run", log=lambda line: None)
+    lines = []
+    history = train(recipe, tmp_path / "run", log=lines.append)
+    plain = config.model_type == "granite"
+    assert history["summary"]["engine"] == ("PackedModel" if plain else "FusedLlama")
+    assert any("the plain way" in line for line in lines) is plain
     on_paper = lora_parameter_count(config, recipe.lora_r)
     assert history["summary"]["trainable_parameters"] == on_paper
     losses = [v["eval_loss"] for v in history["validation"]]
