@@ -250,8 +250,9 @@ def in_nf4(
     packed.bias = linear.bias
     return packed.to(device())
 
+# %% ../nbs/00a_models.ipynb #ee5b294a
 def random_llama(
-    config,            # from `random_config`, or another one of a Llama or its kin
+    config,            # from `random_config`, or another one of `ARCHITECTURES`
     four: bool = True, # in NF4, else in the computing precision
 ): # a causal language model on `device()`
     "A model with random weights and biases, always the same ones; its norms are ones."

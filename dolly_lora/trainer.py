@@ -439,7 +439,7 @@ Load it with `PeftModel.from_pretrained(base_model, "adapter")`.
 Prompts: {form}
 
 Licences: databricks-dolly-15k is CC BY-SA 3.0; LLaMA-2 has the Llama 2 community licence; \
-SmolLM2 is Apache-2.0.
+SmolLM2 and Qwen2.5-1.5B are Apache-2.0.
 """
 
 # %% ../nbs/02e_trainer.ipynb #47ef64b0

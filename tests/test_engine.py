@@ -17,8 +17,8 @@ from dolly_lora.engine.memory import MemoryPlan, plan_memory
 from dolly_lora.engine.packing import PackedModel, pack
 from dolly_lora.engine.step import FusedLlama
 from dolly_lora.hardware import multiplies_fp8
-from dolly_lora.models import add_lora, tiny_model
-from toys import SHAPE, TINY, adapted, gradients, plain_engine, some
+from dolly_lora.models import tiny_model
+from toys import SHAPE, TINY, adapted, plain_engine, some
 
 
 def made(config, **more):

@@ -249,6 +249,7 @@ def rotated_heads(
     ops.rotate_(qkv, *angles, heads)
     return qkv[:, :heads * block.head_dim].unflatten(1, (heads, -1)), None
 
+# %% ../../nbs/02c_blocks.ipynb #8c71f824
 def block_activations(
     block: Block,
     x: torch.Tensor, # the residual stream [tokens, features]

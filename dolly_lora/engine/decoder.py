@@ -169,7 +169,7 @@ def uniform_draws(
 
 # %% ../../nbs/03f_decoder.ipynb #03a02217
 class Decoder:
-    """The slots of a Llama that answers, with its adapters as they are when it is made.
+    """The slots of a model that answers, with its adapters as they are when it is made.
 
     `prefill` reads prompts into free slots and takes their first tokens; `step` then adds a token
     to every active slot. Call it until `active[s]` is False: the answer of slot s is

@@ -19,7 +19,7 @@ __all__ = ['Reader', 'next_logits']
 
 # %% ../../nbs/03h_reading.ipynb #621ad40b
 class Reader:
-    "The forward pass of a Llama or its kin, with its adapters as they are when it is made."
+    "A model's forward pass by our blocks, with its adapters as they are when it is made."
     def __init__(self,
         model,        # `DollyError` unless `is_decodable`
         longest: int, # tokens of a text, at most

@@ -50,7 +50,7 @@ class Engine(Protocol):
 
 # %% ../../nbs/02d_step.ipynb #02c024
 class FusedLlama:
-    "Loss and gradients of a packed batch for PEFT LoRA on a Llama or its kin, by hand."
+    "Loss and gradients of a packed batch for PEFT LoRA on the blocks of 02c, by hand."
     flat: FlatParameters # the adapters and their gradients, for the optimizer
     plan: MemoryPlan     # what is kept, and how large a batch can be
     varlen: bool         # is attention computed over a whole batch at once?
