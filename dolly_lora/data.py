@@ -4,7 +4,7 @@
 
 # %% ../nbs/01_data.ipynb #6bae4c46
 from __future__ import annotations
-import collections, hashlib, itertools
+import collections, copy, hashlib, itertools, json
 from pathlib import Path
 from .config import DollyError, Recipe
 from .files import file_sha256, write_json, write_jsonl
@@ -15,8 +15,8 @@ from dolly_lora.sources import (
 
 # %% auto #0
 __all__ = ['normalise', 'texts_of', 'strip_record', 'clean', 'split', 'build_prompt', 'build_conversation', 'render_chat',
-           'knows_system', 'prompt_builder', 'prompt_of', 'answer_frame', 'read_since', 'turn_texts', 'join_turns',
-           'encode_turns', 'encode_all', 'encode', 'encode_split', 'write_splits', 'prepare_data']
+           'knows_system', 'prompt_builder', 'prompt_of', 'with_template', 'answer_frame', 'read_since', 'turn_texts',
+           'join_turns', 'encode_turns', 'encode_all', 'encode', 'encode_split', 'write_splits', 'prepare_data']
 
 # %% ../nbs/01_data.ipynb #a30f119c
 def normalise(
@@ -191,6 +191,36 @@ def prompt_of(
 ) -> str: # ends where its response begins
     "The prompt of a record, with what was said before."
     return build(row["instruction"], row["context"], row.get("history", ()), row.get("system", ""))
+
+# %% ../nbs/01_data.ipynb #161d36b1
+# what `build_conversation` does; BEFORE and AFTER stand for what `build_prompt` puts around
+# an instruction
+_TEMPLATE = """\
+{%- set said = namespace(wish="") -%}
+{%- for m in messages -%}
+{%- if m.role == "system" -%}
+{%- set said.wish = m.content | trim ~ "\n\n" if m.content | trim else "" -%}
+{%- elif m.role == "user" -%}
+{{- BEFORE ~ said.wish ~ m.content ~ AFTER -}}
+{%- set said.wish = "" -%}
+{%- else -%}
+{{- m.content ~ eos_token ~ ("" if loop.last else "\n\n") -}}
+{%- endif -%}
+{%- endfor -%}"""
+
+def with_template(
+    tokenizer, # of the base model
+    template: str = "course", # or `chat`: the base's own stays
+): # a copy
+    "A tokenizer that turns messages into the prompt that the model was trained on."
+    if template == "chat": return tokenizer
+    out = copy.deepcopy(tokenizer)
+    start = tokenizer.bos_token_id
+    starts = start is not None and start in tokenizer("").input_ids
+    before, after = map(json.dumps, build_prompt("QUESTION").split("QUESTION"))
+    program = _TEMPLATE.replace("BEFORE", before).replace("AFTER", after)
+    out.chat_template = ("{{- bos_token -}}\n" if starts else "") + program
+    return out
 
 # %% ../nbs/01_data.ipynb #bb4d476e
 def answer_frame(

@@ -4,7 +4,7 @@
 
 # %% ../nbs/04c_export.ipynb #2f09654e
 from __future__ import annotations
-import contextlib, copy, json, os, shutil
+import contextlib, copy, os, shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import torch
 from .config import DollyError, Recipe, short_path
-from .data import build_prompt, encode_all, prepare_data
+from .data import encode_all, prepare_data, prompt_builder, with_template
 from .engine.reading import next_logits
 from .files import file_sha256, read_object, write_json, write_text
 from .generate import generate
@@ -21,8 +21,8 @@ from .models import base_model, load_tokenizer, load_tuned
 from .runs import check_room
 
 # %% auto #0
-__all__ = ['MOST_LOSS', 'CARD', 'merged_weights', 'with_template', 'plain_model', 'write_merged', 'Program', 'Transformers',
-           'certify', 'export_folder', 'origin', 'is_export_of', 'load_precisely', 'held_out', 'write_certificate',
+__all__ = ['MOST_LOSS', 'CARD', 'merged_weights', 'plain_model', 'write_merged', 'Program', 'Transformers', 'certify',
+           'export_folder', 'origin', 'is_export_of', 'load_precisely', 'held_out', 'write_certificate',
            'export_merged', 'push_to_hub']
 
 # %% ../nbs/04c_export.ipynb #a7bf59ca
@@ -45,34 +45,6 @@ def merged_weights(
                 weight = weight + m.scaling[adapter] * (b @ a)
         yield name.replace(".base_layer", ""), weight.to("cpu")
 
-# %% ../nbs/04c_export.ipynb #ccb98521
-# what `fit_prompt` of 04a_conversation does, for programs that know only the tokenizer;
-# BEFORE and AFTER stand for what `build_prompt` puts around an instruction
-_TEMPLATE = """\
-{%- set said = namespace(wish="") -%}
-{%- for m in messages -%}
-{%- if m.role == "system" -%}
-{%- set said.wish = m.content | trim ~ "\n\n" if m.content | trim else "" -%}
-{%- elif m.role == "user" -%}
-{{- BEFORE ~ said.wish ~ m.content ~ AFTER -}}
-{%- set said.wish = "" -%}
-{%- else -%}
-{{- m.content ~ eos_token ~ ("" if loop.last else "\n\n") -}}
-{%- endif -%}
-{%- endfor -%}"""
-
-def with_template(
-    tokenizer, # of the base model
-): # a copy with the course's prompt as its chat template
-    "A tokenizer that turns messages into the prompt that the model was trained on."
-    out = copy.deepcopy(tokenizer)
-    start = tokenizer.bos_token_id
-    starts = start is not None and start in tokenizer("").input_ids
-    before, after = map(json.dumps, build_prompt("QUESTION").split("QUESTION"))
-    template = _TEMPLATE.replace("BEFORE", before).replace("AFTER", after)
-    out.chat_template = ("{{- bos_token -}}\n" if starts else "") + template
-    return out
-
 # %% ../nbs/04c_export.ipynb #3890f3f3
 def plain_model(
     base, # the transformers model, perhaps quantised, perhaps with PEFT's layers in it
@@ -85,7 +57,7 @@ def plain_model(
     with torch.device("meta"): return AutoModelForCausalLM.from_config(config, dtype=half)
 
 def write_merged(
-    model, tokenizer, # from `load_tuned` and `load_tokenizer`
+    model, tokenizer, # with the run's chat template: `with_template`
     folder: Path,     # gets the model
 ):
     "Write the merged model in 16 bits, as transformers and vLLM read it."
@@ -96,7 +68,7 @@ def write_merged(
         pad_token_id=tokenizer.pad_token_id)
     weights = {name: w.to(plain.dtype) for name, w in merged_weights(model)}
     plain.save_pretrained(folder, state_dict=weights)
-    with_template(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 # %% ../nbs/04c_export.ipynb #3c3959a7
 class Program(Protocol):
@@ -153,13 +125,14 @@ def certify(
     model, tokenizer,  # as they were exported
     program: Program,  # has loaded the export
     rows: list[dict],  # held-out records
-    recipe: Recipe,    # `max_length`
+    recipe: Recipe,    # `max_length`, `template`
     tokens: int,       # of the responses to compare; the record that reaches it is the last
     most: float = MOST_LOSS, # nats that loss and KL may be apart; `DollyError` beyond
     log=print,         # gets progress
 ) -> dict: # loss, kl, greedy agreement
     "Compare an export with the model it was made from."
-    examples = [e for e in encode_all(rows, tokenizer, recipe.max_length)
+    encoded = encode_all(rows, tokenizer, recipe.max_length, template=recipe.template)
+    examples = [e for e in encoded
                 if any(label != -100 for label in e["labels"][1:])]
     places = [[at for at, label in enumerate(e["labels"][1:]) if label != -100] for e in examples]
     enough = 1 + int(np.searchsorted(np.cumsum([len(p) for p in places]), tokens))
@@ -180,11 +153,12 @@ def certify(
         raise DollyError(f"the export is another model: KL {made['kl']['mean']:.4f} nats a token, "
                          f"loss {losses[0]:.4f} and {losses[1]:.4f} (at most {most} apart): "
                          f"nothing was kept; tell us how it was made")
-    asked = [r["instruction"] for r in rows if not r["context"]][:50]
-    return made | dict(greedy=_agreement(model, tokenizer, program, asked))
+    asked = [r["instruction"] for r in rows if not r["context"] and "history" not in r][:50]
+    build = prompt_builder(recipe.template, tokenizer)
+    return made | dict(greedy=_agreement(model, tokenizer, program, asked, build))
 
-def _agreement(model, tokenizer, program, instructions):
-    prompts = [build_prompt(instruction) for instruction in instructions]
+def _agreement(model, tokenizer, program, instructions, build):
+    prompts = [build(instruction) for instruction in instructions]
     asked = [[dict(role="user", content=instruction)] for instruction in instructions]
     for ids, messages in zip(tokenizer(prompts).input_ids if prompts else [], asked):
         if program.token_ids(messages) != ids:
@@ -296,7 +270,7 @@ def export_merged(
     size = base_model(model).num_parameters()
     with export_folder(folder, 2.2 * size / 2**30) as part:
         log("merging")
-        write_merged(model, tokenizer, part)
+        write_merged(model, with_template(tokenizer, recipe.template), part)
         fits = 2 * 1.2 * size < free_memory()  # beside the model on its card
         program = Transformers(part, model.device if fits else "cpu")
         made = certify(model, tokenizer, program, held_out(recipe, run_dir), recipe, 20_000,

@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from .config import DollyError, Recipe, require_tracker, short_path
+from .data import with_template
 from .engine.blocks import ARCHITECTURES
 from .engine.packing import pack, PackedModel, share_out
 from .engine.step import make_engine
@@ -512,7 +513,8 @@ def build_trainer(
     model.config.use_cache = False
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     trainer = DollyTrainer(
-        model=model, args=training_arguments(recipe, run_dir, resuming), processing_class=tokenizer,
+        model=model, args=training_arguments(recipe, run_dir, resuming),
+        processing_class=with_template(tokenizer, recipe.template),
         train_dataset=data["train"][0], eval_dataset=data["val"][0], callbacks=[Progress(log)],
         data_collator=lambda examples: collate(examples, trainer.engine.plan.token_budget,
                                                trainer.args.world_size,

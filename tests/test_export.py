@@ -11,6 +11,7 @@ import torch
 from dolly_lora import export
 from dolly_lora.config import PRESETS, DollyError
 from dolly_lora.conversation import fit_prompt
+from dolly_lora.data import with_template
 from dolly_lora.models import load_tokenizer, load_tuned
 
 TINY = PRESETS["tiny"]
@@ -72,7 +73,7 @@ def test_the_chat_template_is_the_prompt_of_the_chat(system, adds_start):
     for question, answer in turns:
         messages += [dict(role="user", content=question), dict(role="assistant", content=answer)]
     messages.append(dict(role="user", content="{% if %} Why?"))
-    ids = export.with_template(tokenizer).apply_chat_template(
+    ids = with_template(tokenizer).apply_chat_template(
         messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     prompt, _ = fit_prompt(tokenizer, turns, "{% if %} Why?", 9999, system)
     assert ids == tokenizer(prompt).input_ids

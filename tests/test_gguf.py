@@ -17,8 +17,8 @@ from transformers import (
 from dolly_lora import gguf_files
 from dolly_lora.cli import main
 from dolly_lora.config import PRESETS, DollyError
-from dolly_lora.data import build_prompt
-from dolly_lora.export import with_template
+from dolly_lora.data import build_prompt, with_template
+
 from dolly_lora.generate import generate
 from dolly_lora.gguf_files import export_gguf, export_gguf_adapter, split_rule, write_gguf
 from dolly_lora.llamacpp import GGUFChat, LlamaCpp
