@@ -15,7 +15,7 @@ from .page import build_page, copy_figures, figure_names, fill, style_file, to_h
 from .results import Judgment, Metrics, PairResult, Rating
 from .runs import hold_run
 from .tables import (
-    WRITTEN_BY, category_rows, collect, contender_table, example_rows, habit_rows, hardware_rows,
+    WRITTEN_BY, architecture_rows, category_rows, collect, contender_table, example_rows, habit_rows, hardware_rows,
     judge_facts, measured_steps, metrics_of, named_judgments, optimizer_name,
     published_judges_to_ask, rating_rows, refusals, scaling_rows, setting_rows, source_name,
     unread_judges, win_rows, writing_rows)
@@ -216,6 +216,7 @@ def _values(r, metrics): # what the template's holes are filled from
         measured_steps=measured_steps(r["bench"]), writing_rows=writing_rows(r["bench"]),
         writing=next((b for b in r["bench"] if "new_tokens" in b), None),
         scaling_rows=scaling_rows(r["bench"]),
+        architecture_rows=architecture_rows(r["bench"]),
         versions=", ".join(f"{name} {n}" for name, n in environment["packages"].items()),
         commit=f"{digits[:12]} {changes}".strip())
 

@@ -18,7 +18,7 @@ from .verdicts import judge_slug, passed
 __all__ = ['WRITTEN_BY', 'KEYS', 'official_prompts', 'collect', 'metrics_of', 'named_judgments', 'unread_judges', 'source_name',
            'category_rows', 'example_rows', 'optimizer_name', 'setting_rows', 'hardware_rows', 'contender_table',
            'judge_facts', 'win_rows', 'habit_rows', 'rating_rows', 'refusals', 'published_judges_to_ask',
-           'cards_compared', 'measured_steps', 'writing_rows', 'scaling_rows']
+           'cards_compared', 'measured_steps', 'writing_rows', 'scaling_rows', 'architecture_rows']
 
 # %% ../nbs/05b_tables.ipynb #05bf0002
 WRITTEN_BY = {"recipe.json": "01_data", "data/statistics.json": "01_data",
@@ -334,6 +334,9 @@ def _of_one_card(bench, field, *work): # rows with the field, by what `work` nam
 
 def _slug(text): return re.sub(r"\W+", "_", text)
 
+def _is_pair(measured): # the plain way and ours alone: `architecture_rows` has it
+    return [row["name"] for row in measured] == ["padding-free", "speed"]
+
 def measured_steps(
     bench: list[dict], # rows of bench.jsonl
 ) -> list[dict]: # each with first, best, speedup, others, waiting (%), rows, measured, figure
@@ -341,6 +344,7 @@ def measured_steps(
     ways = _of_one_card(bench, "s_per_step", "base", "batch_size", "device")
     steps, names = [], set()
     for (base, size, device), measured in ways.items():
+        if _is_pair(measured): continue
         figure = f"ablation_{_slug(base)}" + (f"_{size}" if size != 16 else "")
         if figure in names: figure += f"_{_slug(device.lower())}"  # the same on another card
         names.add(figure)
@@ -378,3 +382,13 @@ def scaling_rows(
                      number(alone[time], 3), number(shared[time], 3),
                      number(alone[time] / shared[time], 2), _gib(shared)])
     return rows
+
+def architecture_rows(
+    bench: list[dict], # rows of bench.jsonl
+) -> list[list]: # model, card, s a step the plain way and by hand, times as fast, peak GiB of both
+    "Models for which nothing but `bench --peer padding-free` was measured."
+    ways = _of_one_card(bench, "s_per_step", "base", "batch_size", "device")
+    return [[fast["model"], fast["device"], number(plain["s_per_step"], 3),
+             number(fast["s_per_step"], 3), number(plain["s_per_step"] / fast["s_per_step"], 2),
+             _gib(plain), _gib(fast)]
+            for plain, fast in filter(_is_pair, ways.values())]

@@ -157,7 +157,7 @@ def test_rotary_pairs_of_another_order_are_found_out(tiny_run, tmp_path, monkeyp
     with pytest.raises(DollyError, match="is another model: KL .*nothing was kept") as error:
         export_gguf(recipe, run, "f16", log=quiet)
     assert "\n" not in str(error.value)
-    assert [p.name for p in (run / "export").iterdir()] == ["gguf-f16"]
+    assert {p.name for p in (run / "export").iterdir()} <= {"gguf-f16", "gguf-q8_0"}
     assert (run / "export/gguf-f16/certificate.json").read_text() == before
 
 
@@ -165,8 +165,8 @@ def test_a_prompt_read_otherwise_is_found_out(tiny_run, tmp_path, monkeypatch):
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
     real = gguf_files.with_template
 
-    def wrong(tokenizer):
-        out = real(tokenizer)
+    def wrong(tokenizer, template):
+        out = real(tokenizer, template)
         out.chat_template = out.chat_template.replace("Response", "Answer")
         return out
 
