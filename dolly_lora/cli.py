@@ -721,14 +721,16 @@ def export(
     dry_run: bool = False,  # send nothing
 ) -> str: # where it is now
     "Write a run's model for other programs, with its certificate."
+    if to != "hub" and (repo or dry_run):
+        raise DollyError("--repo and --dry-run are for --to hub")
     folder = project_root() / out if out else None
     if to.startswith("gguf"):
         from dolly_lora.gguf_files import export_gguf, export_gguf_adapter
         if to == "gguf": return short_path(export_gguf(recipe, run_dir, outtype, folder))
         return short_path(export_gguf_adapter(recipe, run_dir, folder))
-    from dolly_lora.export import export_merged, is_export_of, push_to_hub
+    from dolly_lora.export import check_hub, export_merged, is_export_of, push_to_hub
     folder = folder or run_dir / "export" / "merged"
-    if to == "hub" and not repo: raise DollyError("--to hub needs --repo USER/NAME")
+    if to == "hub": check_hub(repo, dry_run)
     if to == "merged" or not is_export_of(folder, recipe, run_dir):
         folder = export_merged(recipe, run_dir, folder)
     return push_to_hub(folder, repo, dry_run) if to == "hub" else short_path(folder)
@@ -806,7 +808,8 @@ def export_options(p): # `p`: an argparse parser
     p.add_argument("--outtype", choices=["f16", "q8_0", "q4_0"], default="q8_0",
                    help="of the weights in a GGUF file (default q8_0)")
     p.add_argument("--repo", default="", metavar="USER/NAME", help="on the hub")
-    p.add_argument("--dry-run", action="store_true", help="only say what the hub would be sent")
+    p.add_argument("--dry-run", action="store_true",
+                   help="make the model, and only say what the hub would be sent")
     p.add_argument("--out", default="", metavar="FOLDER",
                    help="default: a folder in RUN_DIR/export")
 
@@ -838,7 +841,10 @@ def dispatch(
     if args.command == "run":
         gpus = [] if args.gpus is None else [f"gpus={args.gpus}"]
         return run(args.preset, args.run_dir, shlex.join([*args.set, *gpus]), args.dataset)
-    if args.command == "chat" and args.gguf: return chat_gguf(args.gguf, args.temperature)
+    if args.command == "chat" and args.gguf:
+        if args.batch or args.base or args.out or args.no_lora:
+            raise DollyError("--gguf is for a conversation, with --temperature at most")
+        return chat_gguf(args.gguf, args.temperature)
     if args.command == "chat":
         return chat(args.run_dir, args.batch, not args.no_lora, args.base, args.out,
                     args.temperature)
@@ -867,7 +873,7 @@ def dispatch(
 def main(
     argv: list[str] | None = None, # default: the process's arguments
 ) -> int: # exit status: 0, 1 for a failed stage, 2 for a mistake in the call
-    "dolly-lora run | chat | doctor | bench | judge | report"
+    "dolly-lora run | chat | doctor | bench | judge | export | report"
     args = make_parser().parse_args(argv)
     if not sys.warnoptions:  # warnings are for those who develop; python -W default shows them
         warnings.simplefilter("ignore")

@@ -5,6 +5,7 @@
 # %% ../nbs/01_data.ipynb #6bae4c46
 from __future__ import annotations
 import collections, copy, hashlib, itertools, json
+from collections.abc import Iterator
 from pathlib import Path
 from .config import DollyError, Recipe
 from .files import file_sha256, write_json, write_jsonl
@@ -196,25 +197,35 @@ def prompt_of(
 # what `build_conversation` does; BEFORE and AFTER stand for what `build_prompt` puts around
 # an instruction
 _TEMPLATE = """\
-{%- set said = namespace(wish="") -%}
+{%- set said = namespace(system="") -%}
 {%- for m in messages -%}
 {%- if m.role == "system" -%}
-{%- set said.wish = m.content | trim ~ "\n\n" if m.content | trim else "" -%}
+{%- set said.system = m.content | trim ~ "\n\n" if m.content | trim else "" -%}
 {%- elif m.role == "user" -%}
-{{- BEFORE ~ said.wish ~ m.content ~ AFTER -}}
-{%- set said.wish = "" -%}
+{{- BEFORE ~ said.system ~ m.content ~ AFTER -}}
+{%- set said.system = "" -%}
 {%- else -%}
 {{- m.content ~ eos_token ~ ("" if loop.last else "\n\n") -}}
 {%- endif -%}
 {%- endfor -%}"""
+
+# for a base whose own template has no place for a system message: before the first question
+_FOLD = """\
+{%- if messages[0].role == "system" -%}
+{%- set first = messages[0].content | trim ~ "\n\n" ~ messages[1].content -%}
+{%- set messages = [dict(role="user", content=first)] + messages[2:] -%}
+{%- endif -%}
+"""
 
 def with_template(
     tokenizer, # of the base model
     template: str = "course", # or `chat`: the base's own stays
 ): # a copy
     "A tokenizer that turns messages into the prompt that the model was trained on."
-    if template == "chat": return tokenizer
     out = copy.deepcopy(tokenizer)
+    if template == "chat":
+        if not knows_system(tokenizer): out.chat_template = _FOLD + tokenizer.chat_template
+        return out
     start = tokenizer.bos_token_id
     starts = start is not None and start in tokenizer("").input_ids
     before, after = map(json.dumps, build_prompt("QUESTION").split("QUESTION"))
@@ -291,17 +302,18 @@ def encode_turns(
     rows: list[dict], # records
     tokenizer,        # of the base model
     template: str = "course", # or `chat`
-) -> list[list[tuple]]: # for each row, and each of its turns, tokens that are read, and learnt
+) -> Iterator[list[tuple]]: # for each row, and each of its turns, tokens read, and learnt
     "Tokens of prompts, and of answers with their end token, many records at a time."
     build = prompt_builder(template, tokenizer)
     before, after = answer_frame(template, tokenizer)
-    texts = [turn_texts(row, build) for row in rows]
-    prompts = [prompt for turns in texts for prompt, _ in turns]
-    answers = [before + answer + after for turns in texts for _, answer in turns]
-    prompt_ids = tokenizer(prompts).input_ids
-    whole_ids = tokenizer([p + a for p, a in zip(prompts, answers)]).input_ids
-    turns = zip(prompts, answers, prompt_ids, whole_ids)
-    return [join_turns(itertools.islice(turns, len(of_row)), tokenizer) for of_row in texts]
+    for start in range(0, len(rows), 500):  # long conversations take memory
+        texts = [turn_texts(row, build) for row in rows[start:start + 500]]
+        prompts = [prompt for turns in texts for prompt, _ in turns]
+        answers = [before + answer + after for turns in texts for _, answer in turns]
+        prompt_ids = tokenizer(prompts).input_ids
+        whole_ids = tokenizer([p + a for p, a in zip(prompts, answers)]).input_ids
+        turns = zip(prompts, answers, prompt_ids, whole_ids)
+        for of_row in texts: yield join_turns(itertools.islice(turns, len(of_row)), tokenizer)
 
 # %% ../nbs/01_data.ipynb #ac264a13
 def encode_all(

@@ -4,15 +4,18 @@
 
 # %% ../nbs/04c_export.ipynb #2f09654e
 from __future__ import annotations
-import contextlib, copy, os, shutil
+import contextlib, copy, errno, os, shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 import numpy as np
 import psutil
 import torch
-from .config import DollyError, Recipe, short_path
-from .data import encode_all, prepare_data, prompt_builder, with_template
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from .config import DollyError, MODEL_NAMES, project_root, Recipe, short_path
+from .data import (
+    encode_all, prepare_data, prompt_builder, prompt_of, with_template)
 from .engine.reading import next_logits
 from .files import file_sha256, read_object, write_json, write_text
 from .generate import generate
@@ -21,9 +24,9 @@ from .models import base_model, load_tokenizer, load_tuned
 from .runs import check_room
 
 # %% auto #0
-__all__ = ['MOST_LOSS', 'CARD', 'merged_weights', 'plain_model', 'write_merged', 'Program', 'Transformers', 'certify',
-           'export_folder', 'origin', 'is_export_of', 'load_precisely', 'held_out', 'write_certificate',
-           'export_merged', 'push_to_hub']
+__all__ = ['MOST', 'CARD', 'HUB_IDS', 'merged_weights', 'plain_model', 'write_shards', 'write_merged', 'Program', 'Transformers',
+           'compare', 'training_changed', 'certify', 'check_prompts', 'export_folder', 'origin', 'is_export_of',
+           'load_precisely', 'held_out', 'write_certificate', 'export_merged', 'check_hub', 'push_to_hub']
 
 # %% ../nbs/04c_export.ipynb #a7bf59ca
 def merged_weights(
@@ -56,6 +59,33 @@ def plain_model(
     half = torch.float16 if compute_dtype() == torch.float16 else torch.bfloat16
     with torch.device("meta"): return AutoModelForCausalLM.from_config(config, dtype=half)
 
+def write_shards(
+    weights,      # yields (name, tensor on the CPU)
+    folder: Path, # gets model.safetensors, or several and their index
+    most: int = 2**31, # bytes of a file, beyond which the next one is begun
+):
+    "Write weights as they come, without holding them all."
+    parts, now, total = [], {}, 0
+    def flush():
+        path = folder / f"part-{len(parts)}.safetensors"
+        save_file(now, path, metadata=dict(format="pt"))
+        parts.append((path, list(now)))
+        now.clear()
+    for name, w in weights:
+        now[name], total = w.contiguous(), total + w.nbytes
+        if sum(t.nbytes for t in now.values()) > most: flush()
+    if now: flush()
+    if len(parts) == 1:
+        parts[0][0].rename(folder / "model.safetensors")
+        return
+    where = {}
+    for n, (path, names) in enumerate(parts, 1):
+        file = f"model-{n:05}-of-{len(parts):05}.safetensors"
+        path.rename(folder / file)
+        where |= dict.fromkeys(names, file)
+    write_json(folder / "model.safetensors.index.json",
+               dict(metadata=dict(total_size=total), weight_map=where))
+
 def write_merged(
     model, tokenizer, # with the run's chat template: `with_template`
     folder: Path,     # gets the model
@@ -66,14 +96,16 @@ def write_merged(
     plain.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id)
-    weights = {name: w.to(plain.dtype) for name, w in merged_weights(model)}
-    plain.save_pretrained(folder, state_dict=weights)
+    plain.config.save_pretrained(folder)
+    plain.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_shards(((name, w.to(plain.dtype)) for name, w in merged_weights(model)), folder)
 
 # %% ../nbs/04c_export.ipynb #3c3959a7
 class Program(Protocol):
     "What loads an export; `Transformers` and `LlamaCpp` are two."
     name: str # with its version
+    end_token: str # as text
     def token_ids(self,
         messages: list[dict], # role, content
     ) -> list[int]:
@@ -100,6 +132,8 @@ class Transformers:
         self.name = f"transformers {__version__}"
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        end = self.model.generation_config.eos_token_id
+        self.end_token = self.tokenizer.convert_ids_to_tokens(end)
 
     def token_ids(self, messages):
         return self.tokenizer.apply_chat_template(
@@ -118,8 +152,37 @@ class Transformers:
         return logits.float().log_softmax(-1).to(ours.device)
 
 # %% ../nbs/04c_export.ipynb #3d38063b
-MOST_LOSS = 0.01  # nats a token, that the loss may rise; more for fewer bits, see 04e_gguf
+MOST = 0.01 # nats a token that an export's loss and KL may be off; 04e_gguf has those of GGUF files
 
+def compare(
+    model,            # the training model
+    program: Program, # has loaded the export
+    texts: list[list[int]],  # token ids of held-out records
+    places: list[list[int]], # after which of their tokens
+) -> tuple[np.ndarray, np.ndarray]: # KL divergence [tokens]; losses [tokens, 2], ours and theirs
+    "What both predict at the response tokens, in nats."
+    losses, kl = [], []
+    for i, logits in next_logits(model, texts, places, tokens=2048):
+        p = logits.float().log_softmax(-1)
+        q = program.log_probs(texts[i], places[i], p).to(p.device)
+        kl.append((p.exp() * (p - q)).sum(-1))
+        targets = torch.tensor(texts[i], device=p.device)[torch.tensor(places[i]) + 1][:, None]
+        losses.append(torch.cat([-x.gather(1, targets) for x in (p, q)], 1))
+    return torch.cat(kl).cpu().numpy(), torch.cat(losses).double().cpu().numpy()
+
+def training_changed(
+    model, # the training model
+    texts: list[list[int]], places: list[list[int]], # as in `compare`
+) -> float: # nats a token; 0 without an adapter
+    "The KL divergence of the base from the tuned model: the distance that training went."
+    tuned = {i: logits.float().log_softmax(-1) for i, logits in next_logits(model, texts, places)}
+    with model.disable_adapter():
+        base = {i: logits.float().log_softmax(-1)
+                for i, logits in next_logits(model, texts, places)}
+    kl = [(tuned[i].exp() * (tuned[i] - base[i])).sum(-1) for i in tuned]
+    return float(torch.cat(kl).mean())
+
+# %% ../nbs/04c_export.ipynb #48316e0e
 @torch.inference_mode()
 def certify(
     model, tokenizer,  # as they were exported
@@ -127,46 +190,64 @@ def certify(
     rows: list[dict],  # held-out records
     recipe: Recipe,    # `max_length`, `template`
     tokens: int,       # of the responses to compare; the record that reaches it is the last
-    most: float = MOST_LOSS, # nats that loss and KL may be apart; `DollyError` beyond
+    most: float | None = MOST, # nats that loss and KL may be off; None: half of `training_changed`
     log=print,         # gets progress
-) -> dict: # loss, kl, greedy agreement
+) -> dict: # loss, kl, greedy agreement; `DollyError` for another model
     "Compare an export with the model it was made from."
+    check_prompts(tokenizer, program, rows, recipe)
     encoded = encode_all(rows, tokenizer, recipe.max_length, template=recipe.template)
-    examples = [e for e in encoded
-                if any(label != -100 for label in e["labels"][1:])]
+    examples = [e for e in encoded if any(label != -100 for label in e["labels"][1:])]
+    if not examples:
+        raise DollyError("no held-out response fits into max_length: nothing to compare with")
     places = [[at for at, label in enumerate(e["labels"][1:]) if label != -100] for e in examples]
     enough = 1 + int(np.searchsorted(np.cumsum([len(p) for p in places]), tokens))
     texts, places = [e["input_ids"] for e in examples][:enough], places[:enough]
-    losses, kl = [], []
-    for i, logits in next_logits(model, texts, places, tokens=2048):
-        p = logits.float().log_softmax(-1)
-        q = program.log_probs(texts[i], places[i], p).to(p.device)
-        kl.append(torch.where(p > -torch.inf, p.exp() * (p - q), 0).sum(-1))
-        targets = torch.tensor(texts[i], device=p.device)[torch.tensor(places[i]) + 1][:, None]
-        losses.append(torch.cat([-x.gather(1, targets) for x in (p, q)], 1))
-    kl, losses = torch.cat(kl).cpu().numpy(), torch.cat(losses).double().mean(0).tolist()
+    kl, losses = compare(model, program, texts, places)
+    few = 1 + int(np.searchsorted(np.cumsum([len(p) for p in places]), 500))
+    changed = training_changed(model, texts[:few], places[:few])
+    most = changed / 2 if most is None else most
     log(f"{len(kl):,} response tokens compared")
-    made = dict(loaded_by=program.name, records=len(texts), tokens=len(kl),
-                loss=dict(training_model=losses[0], export=losses[1]),
-                kl=dict(mean=max(0.0, float(kl.mean())), p99=float(np.quantile(kl, 0.99))), most=most)
-    if made["kl"]["mean"] > most or losses[1] - losses[0] > most:
-        raise DollyError(f"the export is another model: KL {made['kl']['mean']:.4f} nats a token, "
-                         f"loss {losses[0]:.4f} and {losses[1]:.4f} (at most {most} apart): "
-                         f"nothing was kept; tell us how it was made")
-    asked = [r["instruction"] for r in rows if not r["context"] and "history" not in r][:50]
-    build = prompt_builder(recipe.template, tokenizer)
-    return made | dict(greedy=_agreement(model, tokenizer, program, asked, build))
+    mean, (ours, theirs) = float(kl.mean()), losses.mean(0).tolist()
+    if not (mean <= most and theirs - ours <= most):
+        raise DollyError(f"the export is another model: KL {mean:.4f} nats a token, loss "
+                         f"{ours:.4f} and {theirs:.4f} (at most {most:.4f} apart): nothing was "
+                         f"kept; take more bits, or --to merged")
+    return dict(loaded_by=program.name, records=len(texts), tokens=len(kl),
+                loss=dict(training_model=ours, export=theirs),
+                kl=dict(mean=max(0.0, mean), p99=float(np.quantile(kl, 0.99))), most=most,
+                training_changed_kl=changed,
+                greedy=_agreement(model, tokenizer, program, rows, recipe))
 
-def _agreement(model, tokenizer, program, instructions, build):
-    prompts = [build(instruction) for instruction in instructions]
-    asked = [[dict(role="user", content=instruction)] for instruction in instructions]
-    for ids, messages in zip(tokenizer(prompts).input_ids if prompts else [], asked):
-        if program.token_ids(messages) != ids:
-            start = messages[0]["content"][:60]
-            raise DollyError(f"{program.name} makes other tokens of the prompt {start!r} than the "
-                             f"model was trained on: nothing was kept; tell us which base it is")
-    ours, same = generate(model, tokenizer, prompts, max_new_tokens=32), 0
-    for messages, answer in zip(asked, ours): same += program.answer(messages, 32) == answer.text
+def _messages(row): # a record as a chat program sends it
+    said = [dict(role="system", content=row["system"])] if row.get("system") else []
+    for question, answer in row.get("history", ()):
+        said += [dict(role="user", content=question), dict(role="assistant", content=answer)]
+    return said + [dict(role="user", content=row["instruction"])]
+
+def _asked(rows): return [row | dict(context="") for row in rows[:50]]
+
+def check_prompts(
+    tokenizer,        # of the training model
+    program: Program, # has loaded the export
+    rows: list[dict], # held-out records; they are asked without their contexts
+    recipe: Recipe,   # `template`
+):
+    "`DollyError` when a program asks otherwise than in training, or ends answers otherwise."
+    if program.end_token != tokenizer.eos_token:
+        raise DollyError(f"{program.name} ends answers at {program.end_token!r}, the model at "
+                         f"{tokenizer.eos_token!r}: nothing was kept")
+    build = prompt_builder(recipe.template, tokenizer)
+    for row in _asked(rows):
+        if program.token_ids(_messages(row)) != tokenizer(prompt_of(row, build)).input_ids:
+            raise DollyError(f"{program.name} makes other tokens of the prompt "
+                             f"{row['instruction'][:60]!r} than the model was trained on: nothing "
+                             f"was kept; use the merged model, or the adapter with PEFT")
+
+def _agreement(model, tokenizer, program, rows, recipe):
+    build, asked, same = prompt_builder(recipe.template, tokenizer), _asked(rows), 0
+    prompts = [prompt_of(row, build) for row in asked]
+    ours = generate(model, tokenizer, prompts, max_new_tokens=32)
+    for row, answer in zip(asked, ours): same += program.answer(_messages(row), 32) == answer.text
     return dict(prompts=len(prompts), equal=same, new_tokens=32)
 
 # %% ../nbs/04c_export.ipynb #93028a5a
@@ -174,19 +255,32 @@ def _agreement(model, tokenizer, program, instructions, build):
 def export_folder(
     folder: Path, # `DollyError` if it holds anything but an earlier export
     gib: float,   # that the export needs on the disk
-): # yields the folder to write to
+): # yields the folder to write to, certificate.json included
     "Make an export beside its place, and put it there when it is finished."
-    if folder.exists() and not (folder / "certificate.json").exists():
-        raise DollyError(f"{short_path(folder)} is there and no export of ours: "
+    path = folder / "certificate.json"
+    known = {path.name, *(read_object(path).get("files", {}) if path.exists() else ())}
+    if folder.exists() and {str(p.relative_to(folder)) for p in _files(folder)} - known:
+        raise DollyError(f"{short_path(folder)} holds files that are no export of ours: "
                          f"give another folder")
     check_room(folder, gib)
+    for left in folder.parent.glob(f"{folder.name}.*.part"):  # of a process that was killed
+        if not psutil.pid_exists(int(left.suffixes[-2][1:])): shutil.rmtree(left)
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
         yield part
+        files = {str(p.relative_to(part)): file_sha256(p) for p in _files(part)
+                 if p.name != "certificate.json"}
+        write_json(part / path.name, read_object(part / path.name) | dict(files=files))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
+    except (OSError, SafetensorError) as e:
+        if getattr(e, "errno", None) != errno.ENOSPC and "os error 28" not in str(e): raise
+        raise DollyError(f"the disk is full: nothing was kept of {short_path(folder)}; make room, "
+                         f"or give another folder") from None
     finally: shutil.rmtree(part, ignore_errors=True)
+
+def _files(folder): return sorted(p for p in folder.rglob("*") if p.is_file())
 
 def origin(
     recipe: Recipe, run_dir: Path, # of the run
@@ -201,10 +295,14 @@ def origin(
 def is_export_of(
     folder: Path, # perhaps of an export
     recipe: Recipe, run_dir: Path, # of the run
-) -> bool:
+) -> bool: # False, too, when a file is another one now
     "Was it made from the run's adapter as it is now?"
     path = folder / "certificate.json"
-    return path.exists() and read_object(path).items() >= origin(recipe, run_dir).items()
+    if not path.exists(): return False
+    said = read_object(path)
+    same = all((folder / name).exists() and file_sha256(folder / name) == digits
+               for name, digits in said.get("files", {}).items())
+    return same and said.items() >= origin(recipe, run_dir).items()
 
 def load_precisely(
     recipe: Recipe, run_dir: Path, # of the run
@@ -225,83 +323,108 @@ def held_out(
 # %% ../nbs/04c_export.ipynb #9cedb3c0
 CARD = """\
 ---
-base_model: {base}
-pipeline_tag: text-generation
-library_name: transformers
+{base_model}pipeline_tag: text-generation
+library_name: {library}
 tags: [dolly_lora, lora]
 ---
-# A model tuned with dolly_lora
+# {title}
 
-Base: {base} {revision}, whose licence holds for this model, too (LLaMA-2: Llama 2 Community
-License). Tuned on {data}. The adapter was trained on {trained_on} and merged onto {merged_onto}.
+Base: {name} {revision}, whose licence holds for this model, too (LLaMA-2: Llama 2 Community
+License). Tuned on {data}. The adapter was trained on {trained_on}{merged}.
 
 {use}
 
-Loaded again by {loaded_by} and compared on {tokens} response tokens of {records} held-out
-records: loss {loss[export]:.4f} (training model {loss[training_model]:.4f}), KL divergence
-{kl[mean]:.1e} nats a token on average, {kl[p99]:.1e} at the 99th percentile;
-{greedy[equal]} of {greedy[prompts]} greedy answers equal.
+Loaded by {loaded_by} and compared on {tokens} response tokens of {records} held-out records: loss
+{loss[export]:.4f} (training model {loss[training_model]:.4f}), KL divergence {kl[mean]:.1e} nats a
+token on average, {kl[p99]:.1e} at the 99th percentile, where training itself moved the model by
+{training_changed_kl:.1e}; {greedy[equal]} of {greedy[prompts]} greedy answers equal.
 """
 
-_USE = """The chat template is the prompt it was trained on. With vLLM: `vllm serve FOLDER`. With
-transformers: `transformers serve FOLDER`, or `pipeline("text-generation", FOLDER)` with messages."""
+_USE = """The chat template is the prompt it was trained on. With vLLM: `vllm serve FOLDER`.
+With transformers: `transformers serve FOLDER`, or `pipeline("text-generation", FOLDER)` with
+messages."""
 
 def write_certificate(
     folder: Path, # of the export; gets certificate.json and README.md
     recipe: Recipe, run_dir: Path, # of the run
     made: dict,   # from `certify`
     use: str,     # how to use it, for the card
+    library: str = "transformers", # on the hub: what loads it
+    adapter: bool = False, # is it the adapter alone?
 ):
     "Write the certificate, and the card with it."
-    data = recipe.dataset
+    about, base = origin(recipe, run_dir) | made, HUB_IDS.get(recipe.base, recipe.base)
+    on_hub = base.count("/") == 1 and not (project_root() / base).exists()
+    data = recipe.dataset if recipe.dataset.count("/") == 1 else Path(recipe.dataset).name
     if "databricks-dolly-15k" in data: data += " (CC BY-SA 3.0)"
-    about = origin(recipe, run_dir) | made
+    words = dict(
+        title=f"{'An adapter' if adapter else 'A model'} tuned with dolly_lora",
+        base_model=f"base_model: {base}\n" if on_hub else "",
+        name=base if on_hub else MODEL_NAMES.get(base, Path(base).name), data=data, use=use,
+        merged="" if adapter else f" and merged onto {about['merged_onto']}", library=library)
+    if adapter: about["merged_onto"] = "nothing: compared on the base in f16"
     write_json(folder / "certificate.json", about)
-    write_text(folder / "README.md", CARD.format(data=data, use=use, **about))
+    write_text(folder / "README.md", CARD.format(**about | words))
 
+HUB_IDS = dict(smollm2="HuggingFaceTB/SmolLM2-135M-Instruct")
+
+# %% ../nbs/04c_export.ipynb #470a4eda
 def export_merged(
     recipe: Recipe, run_dir: Path, # of the run; `ModelError` without an adapter
     folder: Path | None = None,    # gets the model; default RUN_DIR/export/merged
     log=print,                     # gets progress
-) -> Path: # the folder
+) -> Path: # the folder; `DollyError` where the model does not fit beside itself
     "The run's model as one ordinary model, with its certificate."
     folder = Path(folder or Path(run_dir) / "export" / "merged")
     model, tokenizer = load_precisely(recipe, run_dir), load_tokenizer(recipe)
-    size = base_model(model).num_parameters()
-    with export_folder(folder, 2.2 * size / 2**30) as part:
+    bytes_ = 2.4 * base_model(model).num_parameters()
+    on_card = torch.cuda.is_available() and bytes_ < free_memory()
+    if not on_card and bytes_ > psutil.virtual_memory().available:
+        raise DollyError(f"comparing the merged model needs {bytes_ / 2**30:.0f} GiB of memory "
+                         f"beside the one it is made from: --to gguf needs less")
+    with export_folder(folder, bytes_ / 2**30) as part:
         log("merging")
         write_merged(model, with_template(tokenizer, recipe.template), part)
-        fits = 2 * 1.2 * size < free_memory()  # beside the model on its card
-        program = Transformers(part, model.device if fits else "cpu")
+        program = Transformers(part, model.device if on_card else "cpu")
         made = certify(model, tokenizer, program, held_out(recipe, run_dir), recipe, 20_000,
                        log=log)
         write_certificate(part, recipe, run_dir, made, _USE)
     return folder
 
 # %% ../nbs/04c_export.ipynb #7f8d1a3d
+def check_hub(
+    repo: str, # USER/NAME; `DollyError` for another form, or without a token
+    dry_run: bool = False, # no token is needed
+):
+    "Find out before a model is made whether the hub will take it."
+    from huggingface_hub import get_token
+    if repo.count("/") != 1: raise DollyError(f"--repo {repo!r}: give USER/NAME")
+    if not dry_run and not get_token():
+        raise DollyError("no token for the hub: set HF_TOKEN to one that may write")
+
 def push_to_hub(
     folder: Path, # of an export
     repo: str,    # USER/NAME; made, private, when it is not there
     dry_run: bool = False, # only say what would be sent
     log=print,    # gets a line a file
 ) -> str: # the model's address; `DollyError` when the hub refuses
-    "Send an export to the hub."
+    "Send the files of an export to the hub."
+    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-    if repo.count("/") != 1: raise DollyError(f"--repo {repo!r}: give USER/NAME")
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        log(f"{path.stat().st_size / 2**20:10,.1f} MiB  {path.relative_to(folder)}")
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    check_hub(repo, dry_run)
+    names = ["certificate.json", *read_object(folder / "certificate.json")["files"]]
+    for name in names: log(f"{(folder / name).stat().st_size / 2**20:10,.1f} MiB  {name}")
     address = f"https://huggingface.co/{repo}"
     if dry_run: return f"{address} (nothing was sent)"
     api = HfApi()
     try:
         api.create_repo(repo, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder)
-    except (LocalTokenNotFoundError, HFValidationError, HfHubHTTPError, OSError) as e:
+        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names)
+    except (HFValidationError, HfHubHTTPError, httpx.HTTPError, OSError) as e:
         status = getattr(getattr(e, "response", None), "status_code", None)
         remedy = "look at the network, and run it again"
-        if status in (401, 403) or isinstance(e, LocalTokenNotFoundError):
-            remedy = "set HF_TOKEN to a token of this account that may write"
+        if status in (401, 403): remedy = "set HF_TOKEN to a token of this account that may write"
         if isinstance(e, HFValidationError): remedy = "give --repo USER/NAME"
         raise DollyError(f"the hub did not take {repo} ({type(e).__name__}): {remedy}") from None
     return address

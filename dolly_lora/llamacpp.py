@@ -14,19 +14,19 @@ from .config import DollyError, short_path
 from .conversation import Chat, NEXT_TURN
 
 # %% auto #0
-__all__ = ['LlamaCpp', 'check_gguf', 'GGUFChat']
+__all__ = ['LlamaCpp', 'require_llamacpp', 'check_gguf', 'GGUFChat']
 
 # %% ../nbs/04d_llamacpp.ipynb #08f18b6c
 class LlamaCpp:
     "A model in llama.cpp's server, for as long as this object lives."
     name: str # of the program, with its version
+    end_token: str # of the model, as text
     def __init__(self,
         path: Path, # a GGUF file; `DollyError` for one that cannot be read
         adapter: Path | None = None, # a LoRA adapter as GGUF, on top of it
         capacity: int = 4096, # tokens of prompt and answer together, at most
     ):
-        if importlib.util.find_spec("xllamacpp") is None:
-            raise DollyError("llama.cpp is not installed: pip install xllamacpp")
+        require_llamacpp()
         import xllamacpp
         for file in filter(None, (path, adapter)): check_gguf(Path(file))
         settings = xllamacpp.CommonParams()
@@ -44,8 +44,11 @@ class LlamaCpp:
         self.web = httpx.Client(  # a kept connection may be closed by the server meanwhile
             base_url=self.server.listening_address, timeout=3600,
             limits=httpx.Limits(max_keepalive_connections=0))
-        self.name, self.capacity = f"llama.cpp (xllamacpp {xllamacpp.__version__})", capacity
-        self.harmless = self.tokenize("a")[-1]
+        self.name = f"llama.cpp (xllamacpp {xllamacpp.__version__})"
+        about = self.web.get("/props").json()
+        self.end_token = about["eos_token"]
+        self.capacity = about["default_generation_settings"]["n_ctx"]  # the model may take less
+        self.forced_token = self.tokenize("a")[-1]
 
     def _post(self, route, **asked):
         said = self.web.post(route, json=asked).json()
@@ -87,7 +90,7 @@ class LlamaCpp:
         "What the model expects after a text."
         # the answer is made to be an `a`: of a token that is half a character, nothing is told
         said = self._post("/completion", prompt=input_ids, n_predict=1, n_probs=many,
-                          temperature=0, cache_prompt=True, logit_bias=[[self.harmless, 1e9]])
+                          temperature=0, cache_prompt=True, logit_bias=[[self.forced_token, 1e9]])
         top = said["completion_probabilities"][0]["top_logprobs"]
         return {t["id"]: t["logprob"] for t in top}
 
@@ -98,9 +101,13 @@ class LlamaCpp:
         "The pieces of an answer as they come; closing the iterator ends the answer."
         asked = dict(prompt=prompt, stream=True, return_tokens=True) | settings
         with self.web.stream("POST", "/completion", json=asked) as said:
-            for line in said.iter_lines():
-                if line.startswith("data: "): yield json.loads(line[6:])
-                elif line.startswith(("error: ", "{")): raise DollyError(f"llama.cpp: {line}")
+            left = b""
+            for piece in said.iter_bytes():
+                *lines, left = (left + piece).split(b"\n")  # text may hold other line breaks
+                for line in lines:
+                    if line.startswith(b"data: "): yield json.loads(line[6:])
+            if left.startswith(b"{"):
+                raise DollyError(f"llama.cpp: {json.loads(left)['error']['message']}")
 
     def close(self):
         "End the server and free its memory."
@@ -109,6 +116,11 @@ class LlamaCpp:
 
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
+
+def require_llamacpp(): # `DollyError` without it
+    "What everything here asks first."
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise DollyError("llama.cpp is not installed: pip install xllamacpp")
 
 def check_gguf(
     path: Path, # `DollyError` when it is no GGUF file
@@ -159,10 +171,10 @@ class GGUFChat(Chat):
         self.voices, self.which = ["model"], "model"
 
     def _prompt(self, history, text):
-        wish = [dict(role="system", content=self.system)] if self.system.strip() else []
+        first = [dict(role="system", content=self.system)] if self.system.strip() else []
         room = self.max_tokens - self.max_new_tokens
         for cut in range(len(history) + 1):
-            messages = [*wish]
+            messages = [*first]
             for question, answer in history[cut:]:
                 messages.append(dict(role="user", content=question))
                 messages.append(dict(role="assistant", content=answer))
@@ -176,8 +188,8 @@ class GGUFChat(Chat):
         s = turn.settings
         pieces = self.model.stream(
             prompt, n_predict=s["max_new_tokens"], temperature=s["temperature"], top_p=s["top_p"],
-            top_k=0, min_p=0, seed=s["seed"], stop=[NEXT_TURN])
-        text = ""
+            top_k=0, min_p=0, seed=s["seed"], stop=[NEXT_TURN] if NEXT_TURN in prompt else [])
+        text, piece = "", dict(stop=False)
         yield turn.which, text
         for piece in pieces:
             text += piece["content"]

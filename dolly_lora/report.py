@@ -15,10 +15,10 @@ from .page import build_page, copy_figures, figure_names, fill, style_file, to_h
 from .results import Judgment, Metrics, PairResult, Rating
 from .runs import hold_run
 from .tables import (
-    WRITTEN_BY, architecture_rows, category_rows, collect, contender_table, example_rows, habit_rows, hardware_rows,
-    judge_facts, measured_steps, metrics_of, named_judgments, optimizer_name,
-    published_judges_to_ask, rating_rows, refusals, scaling_rows, setting_rows, source_name,
-    unread_judges, win_rows, writing_rows)
+    WRITTEN_BY, architecture_rows, category_rows, collect, contender_table, example_rows,
+    habit_rows, hardware_rows, judge_facts, measured_steps, metrics_of, named_judgments,
+    optimizer_name, published_judges_to_ask, rating_rows, refusals, scaling_rows,
+    setting_rows, source_name, unread_judges, win_rows, writing_rows)
 
 # %% auto #0
 __all__ = ['BESIDE', 'decide', 'share_difference', 'describe', 'Claim', 'loss_claim', 'endings_claim', 'seeds_claim',

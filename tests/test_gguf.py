@@ -3,6 +3,7 @@ import contextlib
 import json
 import shutil
 from dataclasses import replace
+from unittest.mock import patch
 
 import httpx
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import (
 from dolly_lora import gguf_files
 from dolly_lora.cli import main
 from dolly_lora.config import PRESETS, DollyError
-from dolly_lora.data import build_prompt, with_template
+from dolly_lora.data import build_prompt, load_dolly, with_template
 
 from dolly_lora.generate import generate
 from dolly_lora.gguf_files import export_gguf, export_gguf_adapter, split_rule, write_gguf
@@ -37,6 +38,10 @@ BASES = {
     "qwen2": lambda **s: Qwen2ForCausalLM(Qwen2Config(**s)),
     "qwen3": lambda **s: Qwen3ForCausalLM(Qwen3Config(**s, head_dim=32)),
 }
+
+
+QUESTIONS = ["Name a prime.", "  Two\n\nlines \t of 1234567 things", "naïve Ω 漢字 🙂 don't",
+             "def f(x):\n    return x  # 3.14", "[INST] <|im_end|> </", "a"]
 
 
 def quiet(line): pass
@@ -87,10 +92,8 @@ def test_llamacpp_reads_prompts_as_our_tokenizer_does(which, tmp_path, request):
         recipe = request.getfixturevalue("llama2_tokenizer")
     model, tokenizer = load_base(recipe), load_tokenizer(recipe)
     write_gguf(model, with_template(tokenizer), tmp_path / "m.gguf", "q8_0", which)
-    questions = ["Name a prime.", "  Two\n\nlines \t of 1234567 things", "naïve Ω 漢字 🙂 don't",
-                 "def f(x):\n    return x  # 3.14", "[INST] <|im_end|> </", "a"]
     with LlamaCpp(tmp_path / "m.gguf", capacity=256) as program:
-        for question in questions:
+        for question in QUESTIONS:
             messages = [dict(role="user", content=question)]
             assert program.token_ids(messages) == tokenizer(build_prompt(question)).input_ids
 
@@ -175,13 +178,48 @@ def test_a_prompt_read_otherwise_is_found_out(tiny_run, tmp_path, monkeypatch):
         export_gguf(TINY, run, log=quiet)
 
 
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+"
+         r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # as Qwen2 and Llama 3 publish it
+
+
+@pytest.mark.parametrize("digits, name", [("", "qwen2"), ("{1,3}", "llama-bpe")])
+def test_the_word_rules_of_qwen_and_llama3_are_llamacpps(digits, name, tmp_path):
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    texts = [row["response"] for row in load_dolly("sample")] + ["1234 12 99 don't WE'LL \n\n x"]
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT % digits), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    inner.decoder = decoders.ByteLevel()
+    inner.train_from_iterator(texts * 3, trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=["<end>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>",
+                                        pad_token="<pad>")
+    assert split_rule(json.loads(inner.to_str())) == name
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | dict(vocab_size=2048)))
+    write_gguf(model, with_template(tokenizer), tmp_path / "m.gguf", "f16", name)
+    with LlamaCpp(tmp_path / "m.gguf", capacity=256) as program:
+        for question in [*QUESTIONS, "WE'LL pay 1234567 or 12 of 99\r\n\n\t  now"]:
+            messages = [dict(role="user", content=question)]
+            assert program.token_ids(messages) == tokenizer(build_prompt(question)).input_ids
+
+
 def test_what_has_no_gguf_here_is_refused_in_a_line(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=512))
     with pytest.raises(DollyError, match="a gpt2 is not known here: convert the merged model"):
         gguf_files.open_gguf(tmp_path / "m.gguf", model.config)
-    rule = dict(pre_tokenizer=dict(type="Split", pattern=dict(Regex="[a-z]+|ByteLevel")))
-    with pytest.raises(DollyError, match="convert_hf_to_gguf"):
-        split_rule(rule)
+    level = dict(type="ByteLevel")
+    for steps in ([dict(type="Split", pattern=dict(Regex=r"\p{L}+|\p{N}| ?")), level],
+                  [dict(type="Split", pattern=dict(String=" ")),
+                   dict(type="Digits", individual_digits=True), level]):
+        with pytest.raises(DollyError, match="convert_hf_to_gguf"):
+            split_rule(dict(pre_tokenizer=dict(type="Sequence", pretokenizers=steps)))
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | dict(vocab_size=256)))
+    with pytest.raises(DollyError, match="the tokenizer has 512 tokens, the model 256"):
+        write_gguf(model, with_template(tiny_tokenizer()), tmp_path / "m.gguf", "f16", "small")
     yarn = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=yarn))
     with pytest.raises(DollyError, match="rope scales the attention"):
@@ -241,6 +279,41 @@ def test_a_file_that_is_no_gguf_is_refused_in_a_line(tmp_path, call):
     done = call("chat", "--gguf", tmp_path / "cut.gguf")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "llama.cpp cannot load" in done.stderr
+
+
+def test_a_model_that_takes_less_than_asked_for_has_less_room(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | dict(max_position_embeddings=256)))
+    write_gguf(model, with_template(tiny_tokenizer()), tmp_path / "m.gguf", "f16", "short")
+    with LlamaCpp(tmp_path / "m.gguf") as program:
+        assert program.capacity == 256
+        talk = GGUFChat(program, max_new_tokens=8)
+        _, cut = talk._prompt([("Name 9 " * 90, "b")], "Another?")
+        assert cut == 1 and talk.ask("Name a prime.") is not None
+
+
+@pytest.mark.parametrize("args", [["--batch", "p.txt"], ["--base", "tiny"], ["--no-lora"]])
+def test_what_gguf_does_not_go_with_is_refused(tiny_gguf, call, args):
+    done = call("chat", "--gguf", tiny_gguf, *args)
+    assert done.returncode == 2 and "--gguf is for a conversation" in done.stderr
+
+
+def test_line_breaks_of_other_kinds_arrive_in_an_answer(tiny_gguf, monkeypatch):
+    sent = b'data: {"content":"a\xe2\x80\xa8b","tokens":[1],"stop":false}\n\n'
+    end = b'data: {"content":"","tokens":[],"stop":true}\n\n'
+    with LlamaCpp(tiny_gguf, capacity=64) as program:
+        reply = httpx.Response(200, content=iter([sent[:20], sent[20:], end]))
+        monkeypatch.setattr(program.web, "stream", lambda *a, **k: contextlib.nullcontext(reply))
+        assert [piece["content"] for piece in program.stream("x")] == ["a\u2028b", ""]
+
+
+def test_llamacpp_that_is_not_installed_is_missed_first(tiny_run, tmp_path, call):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    shutil.rmtree(run / "export", ignore_errors=True)
+    with patch("importlib.util.find_spec", lambda name: None):
+        for way in "gguf", "gguf-adapter":
+            done = call("export", "--run-dir", run, "--to", way)
+            assert done.returncode == 2 and "pip install xllamacpp" in done.stderr
+    assert not (run / "export").exists()
 
 
 def test_probabilities_of_all_tokens_sum_to_one(tiny_gguf):

@@ -6,6 +6,7 @@ import importlib
 import json
 import random
 import re
+import shutil
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -23,12 +24,12 @@ from dolly_lora.config import DollyError, PRESETS
 from dolly_lora.conversation import Chat, NEXT_TURN, fit_prompt
 from dolly_lora.data import (
     build_conversation, build_prompt, clean, encode, encode_all, encode_split, load_dolly,
-    prepare_data, prompt_builder, prompt_of, split)
+    prepare_data, prompt_builder, prompt_of, split, with_template)
 from dolly_lora.files import read_json
 from dolly_lora.generate import encode_in_template, make_answerer
 from dolly_lora.models import (
-    ModelError, check_base, load_base, load_tokenizer, load_tuned, tiny_model, tiny_tokenizer,
-    turn_end)
+    ModelError, add_lora, check_base, load_base, load_tokenizer, load_tuned, tiny_model,
+    tiny_tokenizer, turn_end)
 from dolly_lora.train import train
 from dolly_lora.verdicts import check_pairs
 from test_models import need_smollm2
@@ -574,3 +575,41 @@ def test_the_course_runs_on_conversations_in_the_bases_template(tmp_path, talks)
     report = (tmp_path / "run/report/report.html").read_text()
     assert "no part of the gain is the learning of a template" in " ".join(report.split())
     assert "has no chat template of its own" not in " ".join(report.split())
+
+
+def test_a_chat_run_is_exported_in_its_template(chat_run, tmp_path):
+    from dolly_lora.export import export_merged
+    from dolly_lora.gguf_files import export_gguf
+    recipe, run = chat_run
+    run = shutil.copytree(run, tmp_path / "run")
+    folder = export_merged(recipe, run, log=lambda line: None)
+    file = export_gguf(recipe, run, "f16", log=lambda line: None)
+    for said in read_json(folder / "certificate.json"), read_json(file.parent / "certificate.json"):
+        assert said["greedy"]["prompts"] == len(prepare_data(recipe, run)["test"])
+        assert said["kl"]["mean"] < 1e-3
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs.eos_token == "<|im_end|>" and theirs.chat_template == CHATML
+    assert "TEMPLATE" not in (file.parent / "Modelfile").read_text()
+    assert read_json(folder / "generation_config.json")["eos_token_id"] == theirs.eos_token_id
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_transformers_and_llamacpp_make_the_same_prompt_of_messages(form, tmp_path):
+    from dolly_lora.export import Transformers, check_prompts, write_merged
+    from dolly_lora.gguf_files import write_gguf
+    from dolly_lora.llamacpp import LlamaCpp
+    recipe = base_in(tmp_path / "base", form)
+    model, tokenizer = add_lora(load_base(recipe), recipe), load_tokenizer(recipe)
+    own = with_template(tokenizer, "chat")
+    rows = [TALK, TALK | dict(history=[]), dict(instruction="Hi", context="", response="Yes.")]
+    write_merged(model, own, tmp_path / "merged")
+    check_prompts(tokenizer, Transformers(tmp_path / "merged", model.device), rows, recipe)
+    write_gguf(model, own, tmp_path / "m.gguf", "f16", form)
+    with LlamaCpp(tmp_path / "m.gguf", capacity=512) as program:
+        check_prompts(tokenizer, program, rows, recipe)
+        wrong = [TALK | dict(system="Be long.")]
+        build = prompt_builder("chat", tokenizer)
+        assert build("Hi", system="Be long.") != build("Hi", system="Be brief.")
+        with patch("dolly_lora.export._messages", lambda row: [dict(role="user", content="Hi")]):
+            with pytest.raises(DollyError, match="makes other tokens of the prompt"):
+                check_prompts(tokenizer, program, wrong, recipe)

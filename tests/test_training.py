@@ -180,5 +180,6 @@ def test_trackio_keeps_the_losses_on_this_machine(tmp_path):
 def test_a_tracker_that_is_not_installed_is_missed_before_anything_starts(tmp_path, call):
     with patch("importlib.util.find_spec", lambda name: None):
         done = call("run", "tiny", "--run-dir", tmp_path / "run", "--set", "report_to=wandb")
-    assert done.returncode == 2 and "report_to=wandb is not installed: pip install wandb" in done.stderr
+    assert done.returncode == 2
+    assert "report_to=wandb is not installed: pip install wandb" in done.stderr
     assert not (tmp_path / "run").exists()
