@@ -485,7 +485,7 @@ def obey(
     elif command == "/regen":
         speak(talk, talk.regenerate())
     elif command in ("/base", "/tuned") and command[1:] not in talk.voices:
-        print(f"only the {talk.voices[0]} can answer here")
+        print(f"there is no adapter here: only the {talk.voices[0]} can answer")
     elif command in ("/base", "/tuned"):
         talk.which = command[1:]
     elif command == "/save":

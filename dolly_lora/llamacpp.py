@@ -4,7 +4,7 @@
 
 # %% ../nbs/04d_llamacpp.ipynb #fdce4f12
 from __future__ import annotations
-import importlib.util, json, math, os, time
+import importlib.util, json, math, time
 from collections.abc import Iterator
 from pathlib import Path
 import httpx
@@ -34,8 +34,7 @@ class LlamaCpp:
         if adapter:
             settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         settings.n_ctx, settings.verbosity, settings.ui = capacity, -1, False
-        settings.cpuparams.n_threads = len(os.sched_getaffinity(0)) if hasattr(
-            os, "sched_getaffinity") else os.cpu_count()
+        settings.cpuparams.n_threads = torch.get_num_threads()  # OMP_NUM_THREADS, say
         try: self.server = xllamacpp.Server(settings)
         except Exception as e:  # RuntimeError for a model of an unknown kind, among others
             said = " ".join(str(e).split())[:200]

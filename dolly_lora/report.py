@@ -16,8 +16,8 @@ from .results import Judgment, Metrics, PairResult, Rating
 from .runs import hold_run
 from .tables import (
     WRITTEN_BY, architecture_rows, category_rows, collect, contender_table, example_rows,
-    habit_rows, hardware_rows, judge_facts, measured_steps, metrics_of, named_judgments,
-    optimizer_name, published_judges_to_ask, rating_rows, refusals, scaling_rows,
+    export_rows, habit_rows, hardware_rows, judge_facts, measured_steps, metrics_of,
+    named_judgments, optimizer_name, published_judges_to_ask, rating_rows, refusals, scaling_rows,
     setting_rows, source_name, unread_judges, win_rows, writing_rows)
 
 # %% auto #0
@@ -217,6 +217,7 @@ def _values(r, metrics): # what the template's holes are filled from
         writing=next((b for b in r["bench"] if "new_tokens" in b), None),
         scaling_rows=scaling_rows(r["bench"]),
         architecture_rows=architecture_rows(r["bench"]),
+        exports=r.get("exports") or [], export_rows=export_rows(r.get("exports") or []),
         versions=", ".join(f"{name} {n}" for name, n in environment["packages"].items()),
         commit=f"{digits[:12]} {changes}".strip())
 

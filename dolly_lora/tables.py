@@ -18,7 +18,7 @@ from .verdicts import judge_slug, passed
 __all__ = ['WRITTEN_BY', 'KEYS', 'official_prompts', 'collect', 'metrics_of', 'named_judgments', 'unread_judges', 'source_name',
            'category_rows', 'example_rows', 'optimizer_name', 'setting_rows', 'hardware_rows', 'contender_table',
            'judge_facts', 'win_rows', 'habit_rows', 'rating_rows', 'refusals', 'published_judges_to_ask',
-           'cards_compared', 'measured_steps', 'writing_rows', 'scaling_rows', 'architecture_rows']
+           'cards_compared', 'measured_steps', 'writing_rows', 'scaling_rows', 'architecture_rows', 'export_rows']
 
 # %% ../nbs/05b_tables.ipynb #05bf0002
 WRITTEN_BY = {"recipe.json": "01_data", "data/statistics.json": "01_data",
@@ -28,7 +28,8 @@ KEYS = {"recipe.json": ["recipe"],
         "data/statistics.json": ["source", "cleaning", "splits", "categories"],
         "data/tokens.json": ["train", "longest", "median"],
         "training_history.json": ["summary", "validation", "log", "environment"],
-        "fp8/training_history.json": ["summary"]}
+        "fp8/training_history.json": ["summary"],
+        "certificate.json": ["loaded_by", "tokens", "loss", "kl", "greedy"]}
 
 def _read(folder, name, required=False):
     if not (folder / name).exists():
@@ -57,6 +58,14 @@ def _bench(folder):
                              f"`dolly-lora bench --json`")
         rows.append(row)
     return rows
+
+def _exports(folder, steps): # what certificates say, without the digests of the files
+    found = []
+    for path in sorted(folder.glob("export/*/certificate.json")):
+        said = _read(path.parent, path.name)
+        said.pop("files", None)
+        found.append(dict(artefact=path.parent.name, steps=steps) | said)
+    return found
 
 def _fp8(folder): # the same training with precision=fp8, if it was made beside the run
     history = _read(folder, "fp8/training_history.json")
@@ -96,6 +105,7 @@ def collect(
                 evaluation=_read(folder, "metrics.json"),
                 before_after=read_json(before_after) if before_after.exists() else None,
                 stages=_stages(folder), bench=_bench(folder), fp8=_fp8(folder),
+                exports=_exports(folder, history["summary"].get("steps")),
                 official_prompts=official_prompts(folder))
 
 # %% ../nbs/05b_tables.ipynb #05bf0009
@@ -392,3 +402,13 @@ def architecture_rows(
              number(fast["s_per_step"], 3), number(plain["s_per_step"] / fast["s_per_step"], 2),
              _gib(plain), _gib(fast)]
             for plain, fast in filter(_is_pair, ways.values())]
+
+# %% ../nbs/05b_tables.ipynb #0e23f5d0
+def export_rows(
+    exports: list[dict], # from `collect`
+) -> list[list]: # artefact, loaded by, tokens, loss of it and of our model, KL mean and p99, equal
+    "How near the artefacts of a run are to its model."
+    return [[e["artefact"], e["loaded_by"], e["tokens"], number(e["loss"]["export"], 4),
+             number(e["loss"]["training_model"], 4), f"{e['kl']['mean']:.1e}",
+             f"{e['kl']['p99']:.1e}", f"{e['greedy']['equal']} of {e['greedy']['prompts']}"]
+            for e in exports]

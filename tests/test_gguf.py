@@ -239,7 +239,7 @@ def test_a_conversation_in_the_terminal(tiny_gguf, monkeypatch, capsys, tmp_path
     assert main(["chat", "--gguf", str(tiny_gguf)]) == 0
     out = capsys.readouterr().out
     assert "in llama.cpp (xllamacpp" in out and out.count("(model: ") == 2
-    assert "only the model can answer here" in out
+    assert "only the model can answer" in out
     row, = map(json.loads, (tmp_path / "talk.jsonl").read_text().splitlines())
     assert row["question"] == "Name a prime." and row["model"] == str(tiny_gguf)
 
