@@ -173,7 +173,7 @@ def compare(
 def training_changed(
     model, # the training model
     texts: list[list[int]], places: list[list[int]], # as in `compare`
-) -> float: # nats a token; 0 without an adapter
+) -> float: # nats a token
     "The KL divergence of the base from the tuned model: the distance that training went."
     tuned = {i: logits.float().log_softmax(-1) for i, logits in next_logits(model, texts, places)}
     with model.disable_adapter():
@@ -264,7 +264,8 @@ def export_folder(
                          f"give another folder")
     check_room(folder, gib)
     for left in folder.parent.glob(f"{folder.name}.*.part"):  # of a process that was killed
-        if not psutil.pid_exists(int(left.suffixes[-2][1:])): shutil.rmtree(left)
+        pid = left.name.removeprefix(f"{folder.name}.").removesuffix(".part")
+        if pid.isdigit() and not psutil.pid_exists(int(pid)): shutil.rmtree(left)
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
@@ -300,9 +301,10 @@ def is_export_of(
     path = folder / "certificate.json"
     if not path.exists(): return False
     said = read_object(path)
+    files = said.get("files", {})  # older certificates have none
     same = all((folder / name).exists() and file_sha256(folder / name) == digits
-               for name, digits in said.get("files", {}).items())
-    return same and said.items() >= origin(recipe, run_dir).items()
+               for name, digits in files.items())
+    return bool(files) and same and said.items() >= origin(recipe, run_dir).items()
 
 def load_precisely(
     recipe: Recipe, run_dir: Path, # of the run

@@ -41,7 +41,7 @@ class LlamaCpp:
             raise DollyError(f"llama.cpp cannot load {short_path(path)} ({said}): look whether "
                              f"it is whole, or take another version of xllamacpp") from None
         self.web = httpx.Client(  # a kept connection may be closed by the server meanwhile
-            base_url=self.server.listening_address, timeout=3600,
+            base_url=self.server.listening_address, timeout=3600, trust_env=False,  # no proxy
             limits=httpx.Limits(max_keepalive_connections=0))
         self.name = f"llama.cpp (xllamacpp {xllamacpp.__version__})"
         about = self.web.get("/props").json()

@@ -288,3 +288,19 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_made(run
     done = call("export", "--run-dir", run, *args)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert not (run / "export/merged").exists()
+
+
+def test_what_a_killed_export_left_is_removed_and_nothing_else(run):
+    part = run / "export/merged.999999999.part"
+    for left in part, run / "export/merged.old.part":
+        left.mkdir(parents=True)
+    export.export_merged(TINY, run, log=quiet)
+    assert not part.exists() and (run / "export/merged.old.part").exists()
+
+
+def test_a_certificate_without_digests_is_of_no_export_that_could_be_sent(run):
+    folder = export.export_merged(TINY, run, log=quiet)
+    said = json.loads((folder / "certificate.json").read_text())
+    assert export.is_export_of(folder, TINY, run) and said.pop("files")
+    (folder / "certificate.json").write_text(json.dumps(said))
+    assert not export.is_export_of(folder, TINY, run)

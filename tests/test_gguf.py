@@ -322,3 +322,10 @@ def test_probabilities_of_all_tokens_sum_to_one(tiny_gguf):
         some = program.likeliest([5, 6, 7], 20)
     assert len(top) == 512 and np.isclose(sum(np.exp(list(top.values()))), 1, atol=1e-3)
     assert list(some) == list(top)[:20]
+
+
+def test_a_proxy_of_the_environment_does_not_stand_between(tiny_gguf, monkeypatch):
+    for name in "http_proxy", "HTTP_PROXY", "ALL_PROXY":
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody answers
+    with LlamaCpp(tiny_gguf, capacity=64) as program:
+        assert program.token_ids([dict(role="user", content="Hi")])
